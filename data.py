@@ -1,0 +1,490 @@
+"""Images and latents: data sets, the stateless training stream, the frozen VAE, image grids.
+
+In the order data flows: the datasets (`load_dataset`), the stream of training batches
+(`TrainBatches`, `make_loader`), pixels to latents and back (`load_vae`), pictures for people
+(`save_grid`). Images are float32 in [-1, 1]; the latent scale is applied here and nowhere else.
+
+Shape letters: N batch, C channels, S image size, H W latent size, n samples in a dataset.
+"""
+
+import gzip
+import itertools
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+Key = tuple[int, bool]  # (index in the dataset, mirror it left to right?)
+
+FASHION_MNIST_ROOT = Path("/usr/share/datasets/fashion-mnist")  # Debian: dataset-fashion-mnist
+FASHION_MNIST_DOWNLOAD = Path("data")
+FASHION_MNIST_CLASSES = [
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+]
+DIGITS_NUM_TEST = 300
+DECODE_CHUNK_PIXELS = 16 * 32 * 32  # latent pixels decoded at once: 16 images of 256 px
+
+
+# --- Datasets -------------------------------------------------------------------------------------
+
+
+class ImageDataset(Dataset):
+    """Labelled images; a subclass only says how to get the pixels.
+
+    Indexed by `(index, flip)`, so that every random choice is made by the batch sampler.
+    """
+
+    def __init__(
+        self, labels: Tensor, class_names: list[str], channels: int, image_size: int, flip: bool
+    ):
+        """Check the labels.
+
+        Args:
+            labels: (n,) int64 in [0, len(class_names)).
+            class_names: name of each class.
+            channels: C.
+            image_size: S, pixels.
+            flip: whether training mirrors half of the images.
+
+        Raises:
+            ValueError: a label is out of range.
+        """
+        self.labels, self.class_names = labels, class_names
+        self.channels, self.image_size, self.flip = channels, image_size, flip
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= self.num_classes:
+            raise ValueError(
+                f"labels must be in [0, {self.num_classes - 1}], found {low} to {high}"
+            )
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, without the null label."""
+        return len(self.class_names)
+
+    def pixels(self, indices: Tensor) -> Tensor:
+        """Return the (N, C, S, S) uint8 pixels of N samples."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        """Return n."""
+        return len(self.labels)
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+        """Return one image (C, S, S) float32 in [-1, 1] and its label."""
+        images, labels = self.__getitems__([key])
+        return images[0], int(labels[0])
+
+    def __getitems__(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor]:
+        """Return a batch: images (N, C, S, S) float32 in [-1, 1], labels (N,) int64.
+
+        `DataLoader` calls this, so a batch is a few tensor operations and needs no collating.
+        """
+        indices, flips = (torch.tensor(column) for column in zip(*keys, strict=True))
+        pixels = self.pixels(indices)
+        if flips.any():
+            pixels = torch.where(flips.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
+        return pixels.float() / 127.5 - 1, self.labels[indices]
+
+
+class TensorImages(ImageDataset):
+    """A small dataset held in memory as uint8."""
+
+    def __init__(self, pixels: Tensor, labels: Tensor, class_names: list[str], flip: bool):
+        """Hold pixels (n, C, S, S) uint8 and labels (n,) int64."""
+        super().__init__(labels, class_names, pixels.shape[1], pixels.shape[-1], flip)
+        self._pixels = pixels
+
+    def pixels(self, indices: Tensor) -> Tensor:
+        """Return the (N, C, S, S) uint8 pixels of N samples."""
+        return self._pixels[indices]
+
+
+class FolderImages(ImageDataset):
+    """A folder with one subfolder of image files per class, centre-cropped, RGB."""
+
+    def __init__(self, root: Path, image_size: int, flip: bool):
+        """List the files; classes are the subfolders in alphabetical order.
+
+        Raises:
+            ValueError: not a folder of class folders with images.
+        """
+        from torchvision.datasets import ImageFolder
+
+        try:
+            folder = ImageFolder(str(root))
+        except FileNotFoundError as error:
+            raise ValueError(f"--data-path {root}: {error}. {ACCEPTED_DATA}") from error
+        self.paths = [path for path, _ in folder.samples]
+        super().__init__(torch.tensor(folder.targets), folder.classes, 3, image_size, flip)
+
+    def pixels(self, indices: Tensor) -> Tensor:
+        """Return the (N, 3, S, S) uint8 pixels of N files."""
+        return torch.stack([self._read(self.paths[index]) for index in indices.tolist()])
+
+    def _read(self, path: str) -> Tensor:
+        try:
+            with Image.open(path) as image:
+                array = np.array(center_crop(image.convert("RGB"), self.image_size))
+        except Exception as error:  # PIL raises many types for a broken file
+            raise ValueError(f"cannot read the image file {path}: {error}") from error
+        return torch.from_numpy(array).permute(2, 0, 1)  # (3, S, S)
+
+
+ACCEPTED_DATA = (
+    "It accepts 'digits', 'fashion-mnist' or a folder with one subfolder of images per class"
+)
+
+
+def center_crop(image: Image.Image, image_size: int) -> Image.Image:
+    """Resize the shorter side to image_size and cut the central square.
+
+    Halving with a box filter first keeps the final bicubic step from aliasing.
+
+    Source: ADM's preprocessing (arXiv:2105.05233), which the FID reference batches use.
+    """
+    while min(image.size) >= 2 * image_size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = image_size / min(image.size)
+    size = (round(image.width * scale), round(image.height * scale))
+    image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = (image.width - image_size) // 2, (image.height - image_size) // 2
+    return image.crop((left, top, left + image_size, top + image_size))
+
+
+def load_dataset(
+    data_path: str | Path,
+    *,
+    image_size: int | None = None,
+    split: str = "train",
+    fashion_mnist_root: str | Path | None = None,
+    flip: bool | None = None,
+) -> ImageDataset:
+    """Open a dataset.
+
+    Args:
+        data_path: "digits" (8 px), "fashion-mnist" (28 px, padded to 32) or an image folder.
+        image_size: pixels; default 256 for a folder, the dataset's own size otherwise.
+        split: "train" or "test"; "digits" also has "all"; a folder is one split, "train".
+        fashion_mnist_root: folder of the four idx files; default: Debian's, else a download.
+        flip: mirror half of the images in training; default: only for a folder.
+
+    Raises:
+        ValueError: no such dataset, split or size.
+    """
+    name = str(data_path)
+    splits = {"digits": ("train", "test", "all"), "fashion-mnist": ("train", "test")}
+    accepted = splits.get(name, ("train",))
+    if split not in accepted:
+        hint = "" if name in splits else " (give the path of another split's folder instead)"
+        raise ValueError(f"split {split!r} of --data-path {name}: accepted {accepted}{hint}")
+    if name not in splits:
+        if not Path(name).is_dir():
+            raise ValueError(f"--data-path {name} is not a folder. {ACCEPTED_DATA}")
+        return FolderImages(Path(name), image_size or 256, flip is not False)
+
+    dataset = (
+        _load_digits(split, bool(flip))
+        if name == "digits"
+        else _load_fashion_mnist(split, fashion_mnist_root, bool(flip))
+    )
+    if image_size not in (None, dataset.image_size):
+        raise ValueError(f"--image-size {image_size}: {name} has {dataset.image_size} pixels")
+    return dataset
+
+
+def _load_digits(split: str, flip: bool) -> TensorImages:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.target))  # the fixed split
+    test, train = order[:DIGITS_NUM_TEST], order[DIGITS_NUM_TEST:]
+    chosen = {"train": train, "test": test, "all": order}[split]
+    pixels = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)  # values 0..16
+    labels = torch.from_numpy(digits.target[chosen])
+    return TensorImages(torch.from_numpy(pixels)[:, None], labels, [*"0123456789"], flip)
+
+
+def _load_fashion_mnist(split: str, root: str | Path | None, flip: bool) -> TensorImages:
+    folder = Path(root) if root is not None else _find_fashion_mnist()
+    prefix = {"train": "train", "test": "t10k"}[split]
+    images = _read_idx(folder / f"{prefix}-images-idx3-ubyte.gz")  # (n, 28, 28)
+    labels = _read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz")  # (n,)
+    pixels = pad(images[:, None], (2, 2, 2, 2))  # 32 px divide by 2, 4 and 8
+    return TensorImages(pixels, labels.long(), FASHION_MNIST_CLASSES, flip)
+
+
+def _find_fashion_mnist() -> Path:
+    if FASHION_MNIST_ROOT.is_dir():
+        return FASHION_MNIST_ROOT
+    from torchvision.datasets import FashionMNIST
+
+    try:
+        FashionMNIST(str(FASHION_MNIST_DOWNLOAD), download=True)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"--data-path fashion-mnist: no files in {FASHION_MNIST_ROOT} (Debian: apt install "
+            f"dataset-fashion-mnist) and the download to {FASHION_MNIST_DOWNLOAD} failed: {error}"
+        ) from error
+    return FASHION_MNIST_DOWNLOAD / "FashionMNIST" / "raw"
+
+
+def _read_idx(path: Path) -> Tensor:
+    """Read a gzipped idx file of bytes: 0, 0, 8, number of dimensions, sizes, values."""
+    try:
+        data = gzip.decompress(path.read_bytes())
+        shape = np.frombuffer(data, ">i4", count=data[3], offset=4)
+        values = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
+    except (OSError, EOFError, IndexError, ValueError) as error:
+        raise ValueError(f"cannot read the idx file {path}: {error}") from error
+    return torch.from_numpy(values.copy())
+
+
+# --- The stream of training batches ---------------------------------------------------------------
+
+
+@lru_cache(maxsize=2)  # a batch may span the end of an epoch
+def epoch_order(num_samples: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return one epoch's permutation of the samples (n,) and its coin tosses for flips (n,)."""
+    generator = np.random.default_rng((seed, epoch))
+    return generator.permutation(num_samples), generator.random(num_samples) < 0.5
+
+
+class TrainBatches(Sampler[list[Key]]):
+    """One rank's endless micro-batches, cut from a global stream that depends on the seed only.
+
+    Position p of the stream is sample `p % n` of epoch `p // n`. Micro-batch k of step s on rank r
+    takes `micro_batch_size` positions from `((s * accum_steps + k) * world_size + r) *
+    micro_batch_size`. So the data position is the step: resuming needs no other state, and the
+    samples of a step do not depend on the number of ranks, micro-batches or workers.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        micro_batch_size: int,
+        accum_steps: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        start_step: int = 0,
+        flip: bool = False,
+    ):
+        """Describe the stream.
+
+        Args:
+            num_samples: n.
+            micro_batch_size: samples per rank and forward pass.
+            accum_steps: micro-batches per optimizer step.
+            rank: in [0, world_size).
+            world_size: number of ranks.
+            seed: non-negative, the same on every rank.
+            start_step: optimizer steps already taken.
+            flip: mirror half of the samples.
+        """
+        assert 0 <= rank < world_size and micro_batch_size > 0 and accum_steps > 0
+        self.num_samples, self.seed, self.flip = num_samples, seed, flip
+        self.micro_batch_size, self.accum_steps = micro_batch_size, accum_steps
+        self.rank, self.world_size, self.start_step = rank, world_size, start_step
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        """Yield micro-batches for ever, from the first of `start_step`."""
+        for micro_step in itertools.count(self.start_step * self.accum_steps):
+            start = (micro_step * self.world_size + self.rank) * self.micro_batch_size
+            yield [self._key(p) for p in range(start, start + self.micro_batch_size)]
+
+    def _key(self, position: int) -> Key:
+        epoch, offset = divmod(position, self.num_samples)
+        order, flips = epoch_order(self.num_samples, self.seed, epoch)
+        return int(order[offset]), self.flip and bool(flips[offset])
+
+
+def _as_is(batch: Any) -> Any:
+    return batch  # `__getitems__` has made it already
+
+
+def make_loader(
+    dataset: ImageDataset,
+    *,
+    micro_batch_size: int,
+    accum_steps: int,
+    rank: int,
+    world_size: int,
+    seed: int,
+    start_step: int = 0,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """Return the endless loader of one rank's (images (N, C, S, S), labels (N,)) micro-batches.
+
+    Args: as `TrainBatches`; num_workers 0 loads in this process, the batches are the same.
+    """
+    batches = TrainBatches(
+        len(dataset),
+        micro_batch_size=micro_batch_size,
+        accum_steps=accum_steps,
+        rank=rank,
+        world_size=world_size,
+        seed=seed,
+        start_step=start_step,
+        flip=dataset.flip,
+    )
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=_as_is,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # else it draws from, and so shifts, the global RNG
+    )
+
+
+# --- Images <-> latents ---------------------------------------------------------------------------
+
+
+class Pixels:
+    """No VAE: the model works on the images themselves."""
+
+    channels: int | None = None  # those of the images
+    downsample = 1
+
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Return the images, (N, C, S, S) in [-1, 1]."""
+        return images
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return (N, C, S, S) fp32 images, clamped to [-1, 1]."""
+        return latents.float().clamp(-1, 1)
+
+
+class VAE:
+    """A frozen diffusers AutoencoderKL; the only place that knows the latent scale."""
+
+    def __init__(self, model: Any, dtype: torch.dtype):
+        """Wrap an AutoencoderKL.
+
+        Args:
+            model: the autoencoder, in float32 on its device.
+            dtype: precision of `encode`; `decode` is always float32.
+        """
+        self.model, self.dtype = model.eval().requires_grad_(False), dtype
+        self.scale: float = model.config.scaling_factor
+        self.shift: float = model.config.shift_factor or 0.0
+        self.image_channels: int = model.config.in_channels
+        self.channels: int = model.config.latent_channels
+        self.downsample: int = 2 ** (len(model.config.block_out_channels) - 1)
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of the latents, scaled, each (N, C, H, W) fp32.
+
+        Args:
+            images: (N, 3, S, S) in [-1, 1].
+
+        Raises:
+            ValueError: the images do not have the VAE's channels.
+        """
+        if images.shape[1] != self.image_channels:
+            raise ValueError(
+                f"--vae-path: this VAE takes {self.image_channels}-channel images, the data has "
+                f"{images.shape[1]}; use --vae-path none"
+            )
+        low_precision = self.dtype != torch.float32
+        with torch.autocast(images.device.type, self.dtype, enabled=low_precision):
+            posterior = self.model.encode(images.float()).latent_dist
+        mean, std = posterior.mean.float(), posterior.std.float()
+        return (mean - self.shift) * self.scale, std * self.scale
+
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw scaled latents (N, C, H, W) fp32 from the posterior of images (N, 3, S, S).
+
+        Args:
+            images: in [-1, 1].
+            generator: on the images' device; default: its global one.
+        """
+        mean, std = self.moments(images)
+        return mean + std * torch.randn(mean.shape, generator=generator, device=mean.device)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return images (N, 3, S, S) fp32 in [-1, 1] of scaled latents (N, C, H, W)."""
+        codes = latents.float() / self.scale + self.shift
+        chunk = max(1, DECODE_CHUNK_PIXELS // codes[0, 0].numel())
+        with torch.autocast(codes.device.type, enabled=False):
+            images = [self.model.decode(part).sample for part in codes.split(chunk)]
+        return torch.cat(images).clamp(-1, 1)
+
+
+def load_vae(
+    vae_path: str | Path, *, device: torch.device | str, dtype: torch.dtype = torch.float32
+) -> VAE | Pixels:
+    """Load a frozen VAE, or `Pixels` for "none".
+
+    Args:
+        vae_path: local folder or hub id of a diffusers AutoencoderKL, or "none".
+        device: where it runs.
+        dtype: precision of `encode`; `decode` is always float32.
+
+    Raises:
+        ValueError: nothing there, or it does not load.
+    """
+    if str(vae_path) == "none":
+        return Pixels()
+    could_be_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(vae_path)) is not None
+    if not Path(vae_path).is_dir() and not could_be_hub_id:
+        raise ValueError(
+            f"--vae-path {vae_path} is not a folder; it accepts a folder saved by diffusers "
+            "(config.json and weights), a hub id such as stabilityai/sd-vae-ft-mse, or none"
+        )
+    from diffusers import AutoencoderKL
+
+    try:
+        model = AutoencoderKL.from_pretrained(str(vae_path))
+    except OSError as error:
+        where = "a folder" if Path(vae_path).is_dir() else "no local folder, and as a hub id"
+        raise ValueError(f"--vae-path {vae_path}: {where}, not loaded: {error}") from error
+    return VAE(model.float().to(device), dtype)
+
+
+# --- Pictures for people --------------------------------------------------------------------------
+
+
+def save_grid(images: Tensor, path: str | Path, *, columns: int | None = None) -> None:
+    """Write images (N, C, H, W) in [-1, 1] as one PNG grid, all of it or nothing.
+
+    Args:
+        images: 1 or 3 channels; small ones are enlarged to at least 64 pixels.
+        path: the file; missing folders are made.
+        columns: images per row; default: a square grid.
+    """
+    from torchvision.utils import save_image
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = images.detach().float().cpu()
+    enlarge = math.ceil(64 / min(images.shape[-2:]))  # 1 from 64 pixels on
+    images = images.repeat_interleave(enlarge, dim=-2).repeat_interleave(enlarge, dim=-1)
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    save_image(images, partial, format="png", nrow=columns, normalize=True, value_range=(-1.0, 1.0))
+    os.replace(partial, path)
