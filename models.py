@@ -1,0 +1,537 @@
+"""The DiT-MoE network: a diffusion transformer whose MLPs are sparse mixtures of experts.
+
+In the order data flows: `DiTConfig`, embedders, attention, router, experts, `MoE`, `DiTBlock`,
+`FinalLayer`, `DiT`, and the registry of sizes `DiT_models`.
+
+Shapes: N batch, C channels, H W latent size, P patch, T tokens per image, M = N*T tokens,
+D hidden, F expert hidden, E experts, K experts per token.
+
+Source: Fei et al., arXiv:2407.11633 (DiT-MoE); Peebles & Xie, arXiv:2212.09748 (DiT).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention as TimmAttention
+from timm.layers import Mlp, PatchEmbed, build_sincos2d_pos_embed
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moe_ops import swiglu_experts
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """Everything that decides the parameters of a `DiT` and what they compute.
+
+    Raises:
+        ValueError: if a field is out of range or two fields do not fit together.
+    """
+
+    input_size: int = 32  # H = W of the latents
+    patch_size: int = 2
+    in_channels: int = 4
+    hidden_size: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    mlp_ratio: float = 4.0  # F / D
+    num_classes: int = 1000
+    class_dropout_prob: float = 0.1
+    num_experts: int = 8  # 0: every block has one dense MLP instead
+    num_experts_per_tok: int = 2
+    num_shared_experts: int = 2  # one always-on SwiGLU of hidden width num_shared_experts * D
+    learn_sigma: bool = True  # twice the output channels; DDPM reads them as the variance
+    qk_norm: bool = False
+    mlp_type: Literal["swiglu", "gelu"] = "swiglu"  # "gelu" has biases, as in the dense DiT
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, message: str) -> None:
+            if not ok:
+                raise ValueError(f"DiTConfig: {message}")
+
+        positive = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads")
+        for name in (*positive, "num_classes"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        require(
+            self.input_size % self.patch_size == 0,
+            f"input_size={self.input_size} is not a multiple of patch_size={self.patch_size}",
+        )
+        require(
+            self.hidden_size % self.num_heads == 0 and self.hidden_size % 4 == 0,
+            f"hidden_size={self.hidden_size} must be a multiple of 4 and of "
+            f"num_heads={self.num_heads}",
+        )
+        require(
+            0.0 <= self.class_dropout_prob < 1.0,
+            f"class_dropout_prob={self.class_dropout_prob} must be in [0, 1)",
+        )
+        require(self.num_experts >= 0, f"num_experts={self.num_experts} must be 0 (dense) or more")
+        require(
+            self.num_experts == 0 or 1 <= self.num_experts_per_tok <= self.num_experts,
+            f"num_experts_per_tok={self.num_experts_per_tok} must be in [1, num_experts="
+            f"{self.num_experts}]",
+        )
+        require(
+            self.num_shared_experts >= 0,
+            f"num_shared_experts={self.num_shared_experts} must be at least 0",
+        )
+        require(
+            self.mlp_type in ("swiglu", "gelu"),
+            f"mlp_type={self.mlp_type!r} must be 'swiglu' or 'gelu'",
+        )
+        require(
+            self.num_experts == 0 or self.mlp_type == "swiglu",
+            "experts are SwiGLU: mlp_type='gelu' needs num_experts=0",
+        )
+
+    @property
+    def null_label(self) -> int:
+        """Label of the unconditional class, the last row of the label table."""
+        return self.num_classes
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the prediction: 2C with a learned variance, else C."""
+        return self.in_channels * 2 if self.learn_sigma else self.in_channels
+
+    @property
+    def mlp_hidden_size(self) -> int:
+        """F, the hidden width of one routed expert or of the dense MLP."""
+        return int(self.hidden_size * self.mlp_ratio)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain Python values, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "DiTConfig":
+        """Build a config from `to_dict`'s result.
+
+        Raises:
+            ValueError: on a field this version does not know.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(fields) - known):
+            raise ValueError(f"unknown DiTConfig fields {unknown}; known: {sorted(known)}")
+        return cls(**fields)
+
+
+# ------------------------------------------------------------------------------ embedders
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+    """Embed times as cosines and sines of geometric frequencies.
+
+    Args:
+        t: (N,) times: DDPM 0..999, rectified flow [0, 1], unscaled in both cases.
+        dim: even width of the embedding.
+        max_period: longest period over 2 pi.
+
+    Returns:
+        (N, dim) fp32: cos first, then sin.
+    """
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
+    angles = t.float()[:, None] * torch.exp(-math.log(max_period) * exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimestepEmbedder(nn.Module):
+    """Times to vectors: sinusoids, then a two-layer MLP."""
+
+    def __init__(self, hidden_size: int, frequency_size: int = 256) -> None:
+        super().__init__()
+        self.frequency_size = frequency_size
+        self.mlp = nn.Sequential(
+            nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Map (N,) times to (N, D)."""
+        return self.mlp(timestep_embedding(t, self.frequency_size).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Class labels to vectors; in training a share of them becomes the null label."""
+
+    def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
+        super().__init__()
+        self.null_label = num_classes
+        self.dropout_prob = dropout_prob
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, y: Tensor, drop_mask: Tensor | None = None) -> Tensor:
+        """Map (N,) labels to (N, D).
+
+        Args:
+            y: (N,) int64, in [0, num_classes].
+            drop_mask: (N,) bool, labels to drop; drawn with `dropout_prob` in training if absent.
+        """
+        if drop_mask is None and self.training and self.dropout_prob > 0:
+            drop_mask = torch.rand(y.shape, device=y.device) < self.dropout_prob
+        if drop_mask is not None:
+            y = torch.where(drop_mask, self.null_label, y)
+        return self.embedding_table(y)
+
+
+# ------------------------------------------------------------------------------ attention
+
+
+class Attention(TimmAttention):
+    """Multi-head self-attention; the flash-attn package is an optional kernel on a GPU.
+
+    Parameters and output are the same with either kernel, and torch's own
+    `scaled_dot_product_attention` is the default.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool) -> None:
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        super().__init__(hidden_size, num_heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=norm)
+        self.fused_attn = True
+        self.use_flash_attn = False  # set by DiT.use_flash_attn
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Map (N, T, D) to (N, T, D)."""
+        if not self.use_flash_attn:
+            return super().forward(x)
+        from flash_attn import flash_attn_func
+
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))  # (N, T, 3, heads, d)
+        q, k, v = qkv.unbind(2)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        return self.proj(flash_attn_func(q, k, v).flatten(2))
+
+
+# ------------------------------------------------------------------------------ mixture of experts
+
+
+class Routing(NamedTuple):
+    """Router decision for M tokens."""
+
+    expert_indices: Tensor  # (M, K) int64, in [0, E)
+    expert_weights: Tensor  # (M, K) fp32, in (0, 1]
+    probs: Tensor  # (M, E) fp32, rows sum to 1
+    aux_loss: Tensor  # () fp32, 1.0 when every expert gets the same load; 0 outside training
+
+
+def load_balancing_loss(probs: Tensor, expert_indices: Tensor) -> Tensor:
+    """Auxiliary loss that pushes the router towards an even load: E * sum_e f_e * P_e.
+
+    Args:
+        probs: (M, E) router probabilities; gradients flow through these only.
+        expert_indices: (M, K) experts actually chosen.
+
+    Returns:
+        () fp32, unweighted. 1.0 for an even load, E if one expert takes everything.
+
+    Source: Switch Transformer, arXiv:2101.03961, sec. 2.2, counting all K choices.
+    """
+    num_experts = probs.shape[-1]
+    load = F.one_hot(expert_indices.flatten(), num_experts).float().mean(dim=0)  # f: (E,)
+    importance = probs.mean(dim=0)  # P: (E,)
+    return num_experts * (load * importance).sum()
+
+
+class TopKRouter(nn.Module):
+    """Choose K of E experts for each token: softmax over all experts, then top-K."""
+
+    def __init__(self, hidden_size: int, num_experts: int, num_experts_per_tok: int) -> None:
+        super().__init__()
+        self.num_experts_per_tok = num_experts_per_tok
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+
+    def forward(self, x: Tensor) -> Routing:
+        """Route (M, D) tokens, in float32: bfloat16 logits tie and flip choices between experts."""
+        with torch.autocast(x.device.type, enabled=False):
+            probs = F.linear(x.float(), self.weight.float()).softmax(dim=-1)  # (M, E)
+        weights, indices = probs.topk(self.num_experts_per_tok, dim=-1, sorted=False)
+        aux_loss = load_balancing_loss(probs, indices) if self.training else probs.new_zeros(())
+        return Routing(indices, weights, probs, aux_loss)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) without biases; gate and up are one matmul."""
+
+    def __init__(self, hidden_size: int, mlp_hidden_size: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(hidden_size, 2 * mlp_hidden_size, bias=False)
+        self.down_proj = nn.Linear(mlp_hidden_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., D) to (..., D)."""
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class Experts(nn.Module):
+    """E SwiGLU experts held as stacked matrices."""
+
+    def __init__(self, num_experts: int, hidden_size: int, mlp_hidden_size: int) -> None:
+        super().__init__()
+        # gate rows [:F] above up rows [F:]
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * mlp_hidden_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, mlp_hidden_size))
+
+    def forward(self, x: Tensor, expert_indices: Tensor, expert_weights: Tensor) -> Tensor:
+        """Send (M, D) tokens through their (M, K) experts; returns the (M, D) weighted sum."""
+        device = x.device.type
+        if torch.is_autocast_enabled(device):  # autocast does not reach inside custom ops
+            dtype = torch.get_autocast_dtype(device)
+        else:
+            dtype = self.down_proj.dtype
+        return swiglu_experts(
+            x.to(dtype),
+            self.gate_up_proj.to(dtype),
+            self.down_proj.to(dtype),
+            expert_indices,
+            expert_weights,
+        )
+
+
+class MoE(nn.Module):
+    """Sparse MLP: K routed experts per token plus shared experts that see every token.
+
+    Source: arXiv:2407.11633, sec. 2.2.
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        hidden_size = config.hidden_size
+        self.router = TopKRouter(hidden_size, config.num_experts, config.num_experts_per_tok)
+        self.experts = Experts(config.num_experts, hidden_size, config.mlp_hidden_size)
+        self.shared_experts = (
+            SwiGLU(hidden_size, config.num_shared_experts * hidden_size)
+            if config.num_shared_experts
+            else None
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map (N, T, D) tokens to ((N, T, D), aux_loss ())."""
+        tokens = x.flatten(0, 1)  # (M, D)
+        routing = self.router(tokens)
+        out = self.experts(tokens, routing.expert_indices, routing.expert_weights).view_as(x)
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(x.to(self.shared_experts.down_proj.weight.dtype))
+        return out, routing.aux_loss
+
+
+# ------------------------------------------------------------------------------ transformer
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Scale and shift (N, T, D) tokens by one (N, D) vector per image."""
+    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
+
+
+class DiTBlock(nn.Module):
+    """Transformer block with adaLN-Zero conditioning.
+
+    The residual stream and the norms stay in float32; attention and experts run in the dtype of
+    their weights, or autocast's.
+
+    Source: arXiv:2212.09748, sec. 3.2.
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        hidden_size = config.hidden_size
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, config.num_heads, config.qk_norm)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.is_moe = config.num_experts > 0
+        if self.is_moe:
+            self.moe = MoE(config)
+        elif config.mlp_type == "swiglu":
+            self.mlp: nn.Module = SwiGLU(hidden_size, config.mlp_hidden_size)
+        else:
+            gelu = partial(nn.GELU, approximate="tanh")
+            self.mlp = Mlp(hidden_size, config.mlp_hidden_size, act_layer=gelu)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Map tokens (N, T, D) fp32 and conditioning (N, D) to (tokens, aux_loss ())."""
+        dtype = self.attn.proj.weight.dtype
+        modulation = self.adaLN_modulation(c).float().chunk(6, dim=-1)  # (N, D) each
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
+        attended = self.attn(modulate(self.norm1(x), shift_msa, scale_msa).to(dtype))
+        x = torch.addcmul(x, gate_msa[:, None], attended.float())
+        h = modulate(self.norm2(x), shift_mlp, scale_mlp)
+        if self.is_moe:
+            out, aux_loss = self.moe(h)
+        else:
+            out, aux_loss = self.mlp(h.to(dtype)), x.new_zeros(())
+        return torch.addcmul(x, gate_mlp[:, None], out.float()), aux_loss
+
+
+class FinalLayer(nn.Module):
+    """adaLN, then one linear map from each token to its patch of the prediction."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        hidden_size = config.hidden_size
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, config.patch_size**2 * config.out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Map tokens (N, T, D) and conditioning (N, D) to (N, T, P*P*C_out)."""
+        shift, scale = self.adaLN_modulation(c).float().chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale).to(self.linear.weight.dtype))
+
+
+class DiT(nn.Module):
+    """Diffusion transformer with sparse mixtures of experts.
+
+    In training mode it returns `(prediction, aux_loss)`, in eval mode the prediction alone.
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.grad_checkpointing = False
+        self.x_embedder = PatchEmbed(
+            config.input_size, config.patch_size, config.in_channels, config.hidden_size
+        )
+        self.t_embedder = TimestepEmbedder(config.hidden_size)
+        self.y_embedder = LabelEmbedder(
+            config.num_classes, config.hidden_size, config.class_dropout_prob
+        )
+        # A Parameter, as published, so that it counts and is saved; the optimizer never sees it.
+        self.pos_embed = nn.Parameter(
+            torch.empty(1, self.x_embedder.num_patches, config.hidden_size), requires_grad=False
+        )
+        self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config)
+        self.initialize_weights()
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Initialise every matrix as if it were its own `nn.Linear` of the published network.
+
+        Xavier-uniform linears, kaiming-uniform router, zero biases, normal(0.02) embeddings, and
+        zero adaLN and output layers, so that every block starts as the identity (adaLN-Zero).
+        """
+        xavier = nn.init.xavier_uniform_
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                xavier(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, SwiGLU):
+                for half in module.gate_up_proj.weight.chunk(2):
+                    xavier(half)
+            elif isinstance(module, Experts):
+                for gate_up, down in zip(module.gate_up_proj, module.down_proj, strict=True):
+                    for half in gate_up.chunk(2):
+                        xavier(half)
+                    xavier(down)
+            elif isinstance(module, TopKRouter):
+                nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+        projection = self.x_embedder.proj
+        xavier(projection.weight.flatten(1))  # a convolution over patches is a linear map
+        nn.init.zeros_(projection.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        for layer in (*self.blocks, self.final_layer):
+            nn.init.zeros_(layer.adaLN_modulation[-1].weight)
+            nn.init.zeros_(layer.adaLN_modulation[-1].bias)
+        nn.init.zeros_(self.final_layer.linear.weight)
+        nn.init.zeros_(self.final_layer.linear.bias)
+        size = self.config.input_size // self.config.patch_size
+        self.pos_embed.copy_(sincos_pos_embed(size, self.config.hidden_size))
+
+    def use_flash_attn(self, enabled: bool = True) -> None:
+        """Switch all attention to the flash-attn package (GPU, half precision) or back to torch's.
+
+        Raises:
+            ValueError: if the package is not installed.
+        """
+        if enabled:
+            try:
+                import flash_attn  # noqa: F401
+            except ImportError:
+                raise ValueError("--flash-attn needs the flash-attn package (CUDA only)") from None
+        for block in self.blocks:
+            block.attn.use_flash_attn = enabled
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        """Reassemble (N, T, P*P*C) tokens into (N, C, H, W)."""
+        p, size = self.config.patch_size, self.config.input_size // self.config.patch_size
+        x = x.unflatten(1, (size, size)).unflatten(-1, (p, p, -1))  # (N, h, w, P, P, C)
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, drop_mask: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Predict noise (DDPM) or velocity (rectified flow).
+
+        Args:
+            x: (N, C, H, W) noisy latents.
+            t: (N,) times as the objective defines them.
+            y: (N,) int64 labels in [0, num_classes], num_classes being the null label.
+            drop_mask: (N,) bool, labels to replace by the null label; in training drawn with
+                `class_dropout_prob` when absent.
+
+        Returns:
+            Prediction (N, C_out, H, W); in training mode `(prediction, aux_loss)` with aux_loss ()
+            the sum of the layers' balance losses (depth when every layer's load is even).
+        """
+        x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)).float() + self.pos_embed
+        c = self.t_embedder(t) + self.y_embedder(y, drop_mask)  # (N, D)
+        aux_losses = []
+        for block in self.blocks:
+            if self.grad_checkpointing and self.training:
+                x, aux_loss = checkpoint(block, x, c, use_reentrant=False)
+            else:
+                x, aux_loss = block(x, c)
+            aux_losses.append(aux_loss)
+        prediction = self.unpatchify(self.final_layer(x, c))
+        return (prediction, torch.stack(aux_losses).sum()) if self.training else prediction
+
+    def num_parameters(self) -> tuple[int, int]:
+        """Count parameters: (total, activated by one token), frozen position table included."""
+        total = sum(p.numel() for p in self.parameters())
+        config = self.config
+        if not config.num_experts:
+            return total, total
+        experts = sum(p.numel() for b in self.blocks for p in b.moe.experts.parameters())
+        idle = 1 - config.num_experts_per_tok / config.num_experts
+        return total, total - round(experts * idle)
+
+
+def sincos_pos_embed(size: int, hidden_size: int) -> Tensor:
+    """Return the frozen (1, size*size, D) table: the column's sines and cosines, then the row's."""
+    table = build_sincos2d_pos_embed([size, size], hidden_size, interleave_sin_cos=True)
+    return table.view(size, size, -1).transpose(0, 1).reshape(1, size * size, -1)  # row <-> column
+
+
+# ------------------------------------------------------------------------------ sizes
+
+SIZES: dict[str, dict[str, Any]] = {
+    "Ti": {"hidden_size": 96, "depth": 4, "num_heads": 4},  # for CPUs and tests, ours
+    "S": {"hidden_size": 384, "depth": 12, "num_heads": 6},
+    "B": {"hidden_size": 768, "depth": 12, "num_heads": 12},
+    "L": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
+    "XL": {"hidden_size": 1152, "depth": 28, "num_heads": 16, "qk_norm": True},
+    "G": {"hidden_size": 1408, "depth": 40, "num_heads": 16, "qk_norm": True, "num_experts": 16},
+}
+PATCH_SIZES = {"Ti": (1, 2, 4), "S": (2, 4, 8), "B": (2, 4, 8), "L": (2, 4, 8), "XL": (2, 4, 8)}
+PATCH_SIZES["G"] = (2,)
+
+
+def _build(size: str, patch_size: int, **overrides: Any) -> DiT:
+    return DiT(DiTConfig(**{**SIZES[size], "patch_size": patch_size, **overrides}))
+
+
+DiT_models: dict[str, Callable[..., DiT]] = {
+    f"DiT-{size}/{patch_size}": partial(_build, size, patch_size)
+    for size, patch_sizes in PATCH_SIZES.items()
+    for patch_size in patch_sizes
+}
