@@ -28,18 +28,12 @@ Key = tuple[int, bool]  # (index in the dataset, mirror it left to right?)
 
 FASHION_MNIST_ROOT = Path("/usr/share/datasets/fashion-mnist")  # Debian: dataset-fashion-mnist
 FASHION_MNIST_DOWNLOAD = Path("data")
-FASHION_MNIST_CLASSES = [
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-]
+FASHION_MNIST_CLASSES = (
+    "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
+)
+ACCEPTED_DATA = (
+    "It accepts 'digits', 'fashion-mnist' or a folder with one subfolder of images per class"
+)
 DIGITS_NUM_TEST = 300
 DECODE_CHUNK_PIXELS = 16 * 32 * 32  # latent pixels decoded at once: 16 images of 256 px
 
@@ -148,11 +142,6 @@ class FolderImages(ImageDataset):
         except Exception as error:  # PIL raises many types for a broken file
             raise ValueError(f"cannot read the image file {path}: {error}") from error
         return torch.from_numpy(array).permute(2, 0, 1)  # (3, S, S)
-
-
-ACCEPTED_DATA = (
-    "It accepts 'digits', 'fashion-mnist' or a folder with one subfolder of images per class"
-)
 
 
 def center_crop(image: Image.Image, image_size: int) -> Image.Image:
@@ -446,7 +435,7 @@ def load_vae(
         dtype: precision of `encode`; `decode` is always float32.
 
     Raises:
-        ValueError: nothing there, or it does not load.
+        ValueError: nothing there, or it does not load completely.
     """
     if str(vae_path) == "none":
         return Pixels()
@@ -459,10 +448,14 @@ def load_vae(
     from diffusers import AutoencoderKL
 
     try:
-        model = AutoencoderKL.from_pretrained(str(vae_path))
+        model, info = AutoencoderKL.from_pretrained(
+            str(vae_path), low_cpu_mem_usage=False, output_loading_info=True
+        )
     except OSError as error:
-        where = "a folder" if Path(vae_path).is_dir() else "no local folder, and as a hub id"
-        raise ValueError(f"--vae-path {vae_path}: {where}, not loaded: {error}") from error
+        hint = "" if Path(vae_path).is_dir() else " (no such local folder, so tried as a hub id)"
+        raise ValueError(f"--vae-path {vae_path} does not load{hint}: {error}") from error
+    if info["missing_keys"]:  # diffusers would go on with random weights
+        raise ValueError(f"--vae-path {vae_path} lacks the weights {info['missing_keys'][:3]} ...")
     return VAE(model.float().to(device), dtype)
 
 

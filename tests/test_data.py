@@ -1,0 +1,404 @@
+"""Facts about datasets, the training stream, the VAE and image grids."""
+
+import gzip
+import struct
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from data import TrainBatches, center_crop, load_dataset, load_vae, make_loader, save_grid
+
+NOT_INSTALLED = not data.FASHION_MNIST_ROOT.is_dir()
+
+
+def stream(num_steps, world_size=1, accum_steps=1, global_batch=12, num_samples=20, **options):
+    """Return the keys of each step, joined over micro-batches and ranks in stream order."""
+    micro = global_batch // (world_size * accum_steps)
+    ranks = [
+        TrainBatches(
+            num_samples,
+            micro_batch_size=micro,
+            accum_steps=accum_steps,
+            rank=rank,
+            world_size=world_size,
+            **options,
+        )
+        for rank in range(world_size)
+    ]
+    rows = zip(*(islice(rank, num_steps * accum_steps) for rank in ranks), strict=True)
+    keys = [key for row in rows for micro_batch in row for key in micro_batch]
+    return [keys[i : i + global_batch] for i in range(0, len(keys), global_batch)]
+
+
+def tiny_images(num_samples=20, flip=True):
+    """Return a dataset of random 4-pixel images whose labels are 0, 1, 2, 0, 1, ..."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (num_samples, 3, 4, 4), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(num_samples) % 3
+    return data.TensorImages(pixels, labels, ["a", "b", "c"], flip)
+
+
+def loader_of(dataset, **options):
+    """Return a one-rank loader of micro-batches of 6, 2 a step."""
+    layout = {"micro_batch_size": 6, "accum_steps": 2, "rank": 0, "world_size": 1, "seed": 0}
+    return make_loader(dataset, **(layout | options))
+
+
+def write_image_folder(root, sizes=((40, 30), (30, 40), (64, 64))):
+    """Write one class folder per colour and one PNG per (width, height)."""
+    for name, color in (("blue", (0, 0, 255)), ("red", (255, 0, 0))):
+        (root / name).mkdir(parents=True)
+        for number, size in enumerate(sizes):
+            Image.new("RGB", size, color).save(root / name / f"{number}.png")
+    return root
+
+
+def write_idx(path, array):
+    """Write a gzipped idx file of bytes."""
+    header = struct.pack(f">4B{array.ndim}i", 0, 0, 8, array.ndim, *array.shape)
+    path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
+
+
+def write_fashion_mnist(root, labels=(0, 9, 4)):
+    """Write the train files of a Fashion-MNIST of white images."""
+    write_idx(root / "train-images-idx3-ubyte.gz", np.full((len(labels), 28, 28), 255))
+    write_idx(root / "train-labels-idx1-ubyte.gz", np.array(labels))
+    return root
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory):
+    """Save a small random AutoencoderKL and return its folder."""
+    from diffusers import AutoencoderKL
+
+    folder = tmp_path_factory.mktemp("vae")
+    torch.manual_seed(0)
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8,) * 4,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+    ).save_pretrained(folder)
+    return folder
+
+
+# --- The stream -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("world_size", "accum_steps"), [(2, 1), (1, 3), (2, 3), (3, 4)])
+def test_a_step_has_the_same_samples_for_any_number_of_ranks_and_micro_batches(
+    world_size, accum_steps
+):
+    reference = stream(5, flip=True)
+    assert stream(5, world_size, accum_steps, flip=True) == reference
+
+
+def test_every_epoch_is_another_permutation_even_when_batches_span_epochs():
+    indices = [index for step in stream(5) for index, _ in step]  # 60 positions: 3 epochs of 20
+    epochs = [indices[i : i + 20] for i in (0, 20, 40)]
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_a_batch_larger_than_the_dataset_holds_every_sample_equally_often():
+    (step,) = stream(1, num_samples=3)
+    assert sorted(index for index, _ in step) == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_the_stream_resumes_at_any_step():
+    assert (
+        stream(2, accum_steps=2, start_step=3, flip=True) == stream(5, accum_steps=2, flip=True)[3:]
+    )
+
+
+def test_the_stream_depends_on_the_seed_and_seeds_do_not_share_epochs():
+    first, second = (stream(4, global_batch=10, seed=seed) for seed in (0, 1))
+    assert first != second
+    assert first[2:] != second[:2]  # epoch 1 of seed 0 is not epoch 0 of seed 1
+
+
+def test_flips_are_fair_change_with_the_epoch_and_can_be_switched_off():
+    keys = stream(2, global_batch=1000, num_samples=1000, flip=True)
+    epochs = [dict(step) for step in keys]
+    assert 400 < sum(epochs[0].values()) < 600
+    assert epochs[0] != epochs[1]
+    assert not any(flip for step in stream(5, flip=False) for _, flip in step)
+
+
+# --- The loader -----------------------------------------------------------------------------------
+
+
+def test_the_loader_gives_the_samples_the_stream_names():
+    dataset = tiny_images()
+    images, labels = next(iter(loader_of(dataset)))
+    keys = next(iter(TrainBatches(20, micro_batch_size=6, accum_steps=2, flip=True)))
+    for image, label, key in zip(images, labels, keys, strict=True):
+        expected_image, expected_label = dataset[key]
+        assert torch.equal(image, expected_image)
+        assert label == expected_label
+    assert any(flip for _, flip in keys)
+
+
+def test_worker_processes_do_not_change_the_batches():
+    dataset = tiny_images()
+    here = list(islice(loader_of(dataset, start_step=1), 5))
+    workers = list(islice(loader_of(dataset, start_step=1, num_workers=2), 5))
+    for (images, labels), (worker_images, worker_labels) in zip(here, workers, strict=True):
+        assert torch.equal(images, worker_images)
+        assert torch.equal(labels, worker_labels)
+
+
+def test_loading_leaves_the_global_random_state_alone():
+    before = torch.get_rng_state()
+    next(iter(loader_of(tiny_images())))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- Datasets -------------------------------------------------------------------------------------
+
+
+def test_pixels_map_to_minus_one_to_one_and_a_flip_mirrors_left_and_right():
+    pixels = torch.tensor([[0, 255], [51, 204]], dtype=torch.uint8).view(1, 1, 2, 2)
+    dataset = data.TensorImages(pixels, torch.tensor([0]), ["only"], flip=False)
+    image, label = dataset[0, False]
+    mirrored, _ = dataset[0, True]
+    assert torch.allclose(image, torch.tensor([[[-1.0, 1.0], [-0.6, 0.6]]]))
+    assert torch.equal(mirrored, image.flip(-1))
+    assert (image.dtype, label) == (torch.float32, 0)
+
+
+def test_a_label_without_a_class_is_refused():
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 1\], found 0 to 2"):
+        data.TensorImages(torch.zeros(3, 1, 4, 4).byte(), torch.arange(3), ["a", "b"], False)
+
+
+def test_digits_splits_are_disjoint_and_complete():
+    train, test, everything = (load_dataset("digits", split=s) for s in ("train", "test", "all"))
+    as_set = [{tuple(p.flatten().tolist()) for p in d._pixels} for d in (train, test, everything)]
+    assert (len(train), len(test), len(everything)) == (1497, 300, 1797)
+    assert as_set[0] | as_set[1] == as_set[2] and not as_set[0] & as_set[1]
+    assert (train.channels, train.image_size, train.num_classes, train.flip) == (1, 8, 10, False)
+    assert set(test.labels.tolist()) == set(range(10))
+
+
+def test_fashion_mnist_is_padded_with_black_to_32_pixels(tmp_path):
+    dataset = load_dataset("fashion-mnist", fashion_mnist_root=write_fashion_mnist(tmp_path))
+    image, label = dataset[1, False]
+    assert image.shape == (1, 32, 32)
+    assert (image[:, 2:30, 2:30] == 1).all()
+    assert (image == -1).sum() == 32 * 32 - 28 * 28
+    assert dataset.class_names[label] == "Ankle boot"
+
+
+@pytest.mark.skipif(NOT_INSTALLED, reason="needs Debian's dataset-fashion-mnist")
+def test_the_installed_fashion_mnist_has_ten_even_classes():
+    dataset = load_dataset("fashion-mnist", split="test")
+    assert torch.bincount(dataset.labels).tolist() == [1000] * 10
+
+
+def test_a_damaged_fashion_mnist_is_refused(tmp_path):
+    write_fashion_mnist(tmp_path, labels=(0, 10))
+    with pytest.raises(ValueError, match="found 0 to 10"):
+        load_dataset("fashion-mnist", fashion_mnist_root=tmp_path)
+    images = tmp_path / "train-images-idx3-ubyte.gz"
+    images.write_bytes(images.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="train-images-idx3-ubyte"):
+        load_dataset("fashion-mnist", fashion_mnist_root=tmp_path)
+
+
+def test_no_fashion_mnist_and_no_network_says_what_to_install(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.FashionMNIST", fail)
+    monkeypatch.setattr(data, "FASHION_MNIST_ROOT", tmp_path / "missing")
+    with pytest.raises(ValueError, match=r"apt install dataset-fashion-mnist.*no network"):
+        load_dataset("fashion-mnist")
+
+
+def test_a_folder_gives_rgb_squares_and_alphabetical_classes(tmp_path):
+    dataset = load_dataset(write_image_folder(tmp_path), image_size=16)
+    images, labels = next(iter(loader_of(dataset)))
+    blue, label = dataset[0, False]
+    assert (len(dataset), dataset.class_names, dataset.flip) == (6, ["blue", "red"], True)
+    assert images.shape == (6, 3, 16, 16)
+    assert sorted(labels.tolist()) == [0, 0, 0, 1, 1, 1]
+    assert torch.equal(blue, torch.tensor([-1.0, -1, 1]).view(3, 1, 1).expand(3, 16, 16))
+    assert label == 0
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_broken_image_is_named(tmp_path, num_workers):
+    broken = write_image_folder(tmp_path) / "red" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    loader = loader_of(load_dataset(tmp_path, image_size=16), num_workers=num_workers)
+    with pytest.raises(ValueError, match=r"cannot read the image file .*red/1\.png"):
+        next(iter(loader))
+
+
+def test_a_folder_without_images_is_refused(tmp_path):
+    for folder, message in ((tmp_path / "missing", "not a folder"), (tmp_path, "class folder")):
+        with pytest.raises(
+            ValueError, match=rf"--data-path .*{message}.*'digits', 'fashion-mnist'"
+        ):
+            load_dataset(folder)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"--data-path .*empty"):
+        load_dataset(tmp_path)
+
+
+def test_a_wrong_split_or_size_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"'val'.*'train', 'test', 'all'"):
+        load_dataset("digits", split="val")
+    with pytest.raises(ValueError, match="another split's folder"):
+        load_dataset(tmp_path, split="test")
+    with pytest.raises(ValueError, match="--image-size 256: digits has 8"):
+        load_dataset("digits", image_size=256)
+
+
+# --- Centre crop ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(32, 32), (100, 40), (33, 200), (20, 10), (257, 65), (64, 63)])
+def test_center_crop_gives_a_square_and_keeps_a_constant(size):
+    cropped = np.array(center_crop(Image.new("RGB", size, (10, 20, 30)), 32))
+    assert cropped.shape == (32, 32, 3)
+    assert (cropped == [10, 20, 30]).all()
+
+
+def test_center_crop_keeps_the_centre_and_the_aspect_ratio():
+    array = np.zeros((100, 200), np.uint8)
+    array[25:75, 75:125] = 255  # a centred square of half the height
+    cropped = np.array(center_crop(Image.fromarray(array), 50))
+    expected = np.zeros((50, 50), np.uint8)
+    expected[12:38, 12:38] = cropped[12:38, 12:38]
+    assert (cropped == expected).all()
+    assert (cropped[13:37, 13:37] == 255).all()
+    assert (cropped == cropped.T).all()
+
+
+def test_center_crop_of_an_image_of_that_size_changes_nothing():
+    array = np.random.default_rng(0).integers(256, size=(32, 32, 3), dtype=np.uint8)
+    assert (np.array(center_crop(Image.fromarray(array), 32)) == array).all()
+
+
+def test_center_crop_averages_when_it_shrinks():
+    checkerboard = (np.indices((128, 128)).sum(axis=0) % 2 * 200).astype(np.uint8)
+    assert (np.array(center_crop(Image.fromarray(checkerboard), 32)) == 100).all()
+
+
+# --- VAE ------------------------------------------------------------------------------------------
+
+
+def test_the_vae_applies_its_scale_once_each_way(vae_folder):
+    vae = load_vae(vae_folder, device="cpu")
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    posterior = vae.model.encode(images).latent_dist
+    mean, std = vae.moments(images)
+    decoded = vae.decode(mean)
+    expected = vae.model.decode(posterior.mean).sample.clamp(-1, 1)
+    assert (vae.scale, vae.channels, vae.downsample) == (0.18215, 4, 8)
+    assert mean.shape == (2, 4, 4, 4)
+    torch.testing.assert_close(mean, posterior.mean * 0.18215)
+    torch.testing.assert_close(std, posterior.std * 0.18215)
+    torch.testing.assert_close(decoded, expected)
+
+
+def test_encode_samples_the_posterior_from_the_generator(vae_folder):
+    vae = load_vae(vae_folder, device="cpu")
+    images = torch.zeros(2, 3, 32, 32)
+    first, again, other = (
+        vae.encode(images, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
+    )
+    mean, std = vae.moments(images)
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(first, mean + std * noise)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_decode_is_float32_and_does_not_depend_on_chunks_or_autocast(vae_folder, monkeypatch):
+    vae = load_vae(vae_folder, device="cpu", dtype=torch.bfloat16)
+    latents = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    at_once = vae.decode(latents)
+    monkeypatch.setattr(data, "DECODE_CHUNK_PIXELS", 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        one_by_one = vae.decode(latents)
+    assert at_once.dtype == one_by_one.dtype == torch.float32
+    torch.testing.assert_close(one_by_one, at_once)
+
+
+def test_bfloat16_encoding_returns_float32_latents_near_the_exact_ones(vae_folder):
+    images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    exact, _ = load_vae(vae_folder, device="cpu").moments(images)
+    rounded, _ = load_vae(vae_folder, device="cpu", dtype=torch.bfloat16).moments(images)
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+def test_the_vae_is_frozen_and_refuses_gray_images(vae_folder):
+    vae = load_vae(vae_folder, device="cpu")
+    assert not vae.model.training
+    assert not any(parameter.requires_grad for parameter in vae.model.parameters())
+    with pytest.raises(ValueError, match="takes 3-channel images, the data has 1"):
+        vae.encode(torch.zeros(1, 1, 32, 32))
+
+
+def test_a_missing_or_incomplete_vae_folder_is_refused(vae_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    with pytest.raises(ValueError, match=r"--vae-path .*missing is not a folder; it accepts"):
+        load_vae(tmp_path / "missing", device="cpu")
+    with pytest.raises(ValueError, match=r"does not load: .*config\.json"):
+        load_vae(tmp_path, device="cpu")
+    (tmp_path / "config.json").write_bytes((vae_folder / "config.json").read_bytes())
+    weights = load_file(vae_folder / "diffusion_pytorch_model.safetensors")
+    del weights["decoder.conv_in.weight"]
+    save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks the weights \['decoder\.conv_in\.weight'\]"):
+        load_vae(tmp_path, device="cpu")
+
+
+def test_no_vae_leaves_the_images_as_they_are():
+    pixels = load_vae("none", device="cpu")
+    images = torch.rand(2, 1, 8, 8) * 2 - 1
+    assert pixels.downsample == 1
+    assert torch.equal(pixels.decode(pixels.encode(images)), images)
+
+
+# --- Grids ----------------------------------------------------------------------------------------
+
+
+def test_a_grid_enlarges_small_images_and_leaves_no_partial_file(tmp_path):
+    path = tmp_path / "new" / "grid.png"
+    images = torch.linspace(-1, 1, 5).view(5, 1, 1, 1).expand(5, 1, 8, 8)
+    save_grid(images, path)
+    grid = np.array(Image.open(path))
+    assert grid.shape == (2 * 66 + 2, 3 * 66 + 2, 3)  # 64 pixels each, 2 between
+    assert (grid[2:66, 2:66] == 0).all() and (grid[68:132, 68:132] == 255).all()
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_grid_of_large_images_keeps_their_size(tmp_path):
+    save_grid(torch.zeros(2, 3, 80, 80), tmp_path / "grid.png", columns=1)
+    assert Image.open(tmp_path / "grid.png").size == (84, 166)
+
+
+def test_a_failed_write_keeps_the_old_grid(tmp_path, monkeypatch):
+    path = tmp_path / "grid.png"
+    path.write_bytes(b"old")
+
+    def fail(images, partial, **options):
+        Path(partial).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("torchvision.utils.save_image", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_grid(torch.zeros(1, 3, 64, 64), path)
+    assert path.read_bytes() == b"old"
