@@ -13,7 +13,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -147,13 +147,13 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, hidden_size: int, frequency_size: int = 256) -> None:
         super().__init__()
         self.frequency_size = frequency_size
-        self.mlp = nn.Sequential(
-            nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        first = nn.Linear(frequency_size, hidden_size)
+        self.mlp = nn.Sequential(first, nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
         """Map (N,) times to (N, D)."""
-        return self.mlp(timestep_embedding(t, self.frequency_size).to(self.mlp[0].weight.dtype))
+        dtype = next(self.parameters()).dtype
+        return self.mlp(timestep_embedding(t, self.frequency_size).to(dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -190,9 +190,8 @@ class Attention(TimmAttention):
     """
 
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool) -> None:
-        norm = partial(nn.LayerNorm, eps=1e-6)
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)
         super().__init__(hidden_size, num_heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=norm)
-        self.fused_attn = True
         self.use_flash_attn = False  # set by DiT.use_flash_attn
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -349,7 +348,7 @@ class DiTBlock(nn.Module):
         elif config.mlp_type == "swiglu":
             self.mlp: nn.Module = SwiGLU(hidden_size, config.mlp_hidden_size)
         else:
-            gelu = partial(nn.GELU, approximate="tanh")
+            gelu: Any = partial(nn.GELU, approximate="tanh")
             self.mlp = Mlp(hidden_size, config.mlp_hidden_size, act_layer=gelu)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
@@ -417,6 +416,11 @@ class DiT(nn.Module):
         zero adaLN and output layers, so that every block starts as the identity (adaLN-Zero).
         """
         xavier = nn.init.xavier_uniform_
+
+        def zero(layer: Any) -> None:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 xavier(module.weight)
@@ -428,22 +432,21 @@ class DiT(nn.Module):
                     xavier(half)
             elif isinstance(module, Experts):
                 for gate_up, down in zip(module.gate_up_proj, module.down_proj, strict=True):
-                    for half in gate_up.chunk(2):
-                        xavier(half)
-                    xavier(down)
+                    for matrix in (*gate_up.chunk(2), down):
+                        xavier(matrix)
             elif isinstance(module, TopKRouter):
                 nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-        projection = self.x_embedder.proj
-        xavier(projection.weight.flatten(1))  # a convolution over patches is a linear map
-        nn.init.zeros_(projection.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        for layer in (*self.blocks, self.final_layer):
-            nn.init.zeros_(layer.adaLN_modulation[-1].weight)
-            nn.init.zeros_(layer.adaLN_modulation[-1].bias)
-        nn.init.zeros_(self.final_layer.linear.weight)
-        nn.init.zeros_(self.final_layer.linear.bias)
+            elif isinstance(module, nn.Conv2d):
+                xavier(module.weight.flatten(1))  # over patches it is a linear map
+                nn.init.zeros_(cast(Tensor, module.bias))
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            elif isinstance(module, TimestepEmbedder):
+                for layer in (module.mlp[0], module.mlp[2]):
+                    nn.init.normal_(cast(nn.Linear, layer).weight, std=0.02)
+            elif isinstance(module, (DiTBlock, FinalLayer)):
+                zero(module.adaLN_modulation[-1])
+        zero(self.final_layer.linear)
         size = self.config.input_size // self.config.patch_size
         self.pos_embed.copy_(sincos_pos_embed(size, self.config.hidden_size))
 
@@ -458,8 +461,9 @@ class DiT(nn.Module):
                 import flash_attn  # noqa: F401
             except ImportError:
                 raise ValueError("--flash-attn needs the flash-attn package (CUDA only)") from None
-        for block in self.blocks:
-            block.attn.use_flash_attn = enabled
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.use_flash_attn = enabled
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """Reassemble (N, T, P*P*C) tokens into (N, C, H, W)."""
@@ -498,12 +502,10 @@ class DiT(nn.Module):
     def num_parameters(self) -> tuple[int, int]:
         """Count parameters: (total, activated by one token), frozen position table included."""
         total = sum(p.numel() for p in self.parameters())
-        config = self.config
-        if not config.num_experts:
-            return total, total
-        experts = sum(p.numel() for b in self.blocks for p in b.moe.experts.parameters())
-        idle = 1 - config.num_experts_per_tok / config.num_experts
-        return total, total - round(experts * idle)
+        routed = [m for m in self.modules() if isinstance(m, Experts)]
+        experts = sum(p.numel() for module in routed for p in module.parameters())
+        used_experts = experts * self.config.num_experts_per_tok // max(self.config.num_experts, 1)
+        return total, total - experts + used_experts
 
 
 def sincos_pos_embed(size: int, hidden_size: int) -> Tensor:
@@ -522,8 +524,11 @@ SIZES: dict[str, dict[str, Any]] = {
     "XL": {"hidden_size": 1152, "depth": 28, "num_heads": 16, "qk_norm": True},
     "G": {"hidden_size": 1408, "depth": 40, "num_heads": 16, "qk_norm": True, "num_experts": 16},
 }
-PATCH_SIZES = {"Ti": (1, 2, 4), "S": (2, 4, 8), "B": (2, 4, 8), "L": (2, 4, 8), "XL": (2, 4, 8)}
-PATCH_SIZES["G"] = (2,)
+PATCH_SIZES: dict[str, tuple[int, ...]] = {
+    "Ti": (1, 2, 4),
+    **dict.fromkeys(("S", "B", "L", "XL"), (2, 4, 8)),
+    "G": (2,),
+}
 
 
 def _build(size: str, patch_size: int, **overrides: Any) -> DiT:

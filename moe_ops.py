@@ -122,7 +122,7 @@ class _Dispatch(torch.autograd.Function):
         return x.index_select(0, order // (order.numel() // x.shape[0]))
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         (inverse,) = ctx.saved_tensors
         grad = grad.index_select(0, inverse)
         return grad.view(ctx.num_tokens, -1, grad.shape[-1]).sum(dim=1), None, None
@@ -138,7 +138,7 @@ class _Combine(torch.autograd.Function):
         return rows.index_select(0, inverse).view(-1, k, rows.shape[-1]).sum(dim=1)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         (order,) = ctx.saved_tensors
         return grad.index_select(0, order // ctx.k), None, None, None
 

@@ -1,0 +1,238 @@
+"""DDPM: learn the noise in x_t and the variance of one step back, on a chain of 1000 noise levels.
+
+In order: the chain's coefficients, the objective, the updates of the samplers, Gaussian terms of
+the bound. Coefficients are computed in float64.
+
+Shapes: N batch, C latent channels, H W latent size, K levels of a chain.
+Timesteps 0..999 are the model's time; a chain of fewer levels keeps the original numbers.
+
+Source: DDPM, arXiv:2006.11239; learned variance and respacing from iDDPM, arXiv:2102.09672.
+"""
+
+import math
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from diffusion.base import Diffusion, Predict, Steps, mean_flat, randn
+
+NUM_TIMESTEPS = 1000
+BETA_START, BETA_END = 1e-4, 0.02
+
+
+class NoiseLevels(NamedTuple):
+    """Coefficients of a chain, least noise first: every field is (K,) float64, or as `at` picks."""
+
+    signal_scale: Tensor  # sqrt(alpha_bar_t); x_t = signal_scale * x_0 + noise_scale * eps
+    noise_scale: Tensor  # sqrt(1 - alpha_bar_t)
+    signal_scale_prev: Tensor  # the same of the level below, 1 and 0 at the lowest
+    noise_scale_prev: Tensor
+    posterior_x0: Tensor  # mean of q(x_{t-1} | x_t, x_0) = posterior_x0 * x_0 + posterior_xt * x_t
+    posterior_xt: Tensor
+    posterior_log_variance: Tensor  # log of its variance, the least a step back can have
+    log_beta: Tensor  # the most
+
+    @classmethod
+    def from_alpha_bar(cls, alpha_bar: Tensor) -> "NoiseLevels":
+        """Derive all coefficients from alpha_bar (K,) float64, decreasing in (0, 1).
+
+        Source: DDPM eq. 4 and 7; beta_t = 1 - alpha_bar_t / alpha_bar_{t-1} of any subset of the
+        levels, iDDPM eq. 19.
+        """
+        alpha_bar_prev = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+        beta = 1 - alpha_bar / alpha_bar_prev
+        posterior_variance = beta * (1 - alpha_bar_prev) / (1 - alpha_bar)
+        # It is 0 at the lowest level, where its log stands in for the next one's (iDDPM's code).
+        posterior_variance[0] = torch.cat([posterior_variance, beta])[1]
+        return cls(
+            signal_scale=alpha_bar.sqrt(),
+            noise_scale=(1 - alpha_bar).sqrt(),
+            signal_scale_prev=alpha_bar_prev.sqrt(),
+            noise_scale_prev=(1 - alpha_bar_prev).sqrt(),
+            posterior_x0=beta * alpha_bar_prev.sqrt() / (1 - alpha_bar),
+            posterior_xt=(1 - alpha_bar_prev) * (1 - beta).sqrt() / (1 - alpha_bar),
+            posterior_log_variance=posterior_variance.log(),
+            log_beta=beta.log(),
+        )
+
+    def at(self, index: Tensor | int) -> "NoiseLevels":
+        """Pick levels: one for all samples (a scalar), or one each (N,) -> (N, 1, 1, 1) float32."""
+        if isinstance(index, int):
+            return NoiseLevels(*(field[index] for field in self))
+        fields = (field.float().to(index.device)[index] for field in self)
+        return NoiseLevels(*(field.view(-1, 1, 1, 1) for field in fields))
+
+
+class StepBack(NamedTuple):
+    """The model's p(x_{t-1} | x_t), each (N, C, H, W) fp32."""
+
+    mean: Tensor
+    log_variance: Tensor
+    x0: Tensor  # the clean latents that the prediction implies
+
+
+class GaussianDiffusion(Diffusion):
+    """The model's first C channels predict the noise; the second C, if learned, the variance.
+
+    Args:
+        learn_sigma: train the second C channels by the variational bound and sample with their
+            variance; otherwise the variance of a step is beta.
+    """
+
+    objective = "ddpm"
+    default_num_steps: ClassVar = {"ddpm": 250, "ddim": 50, "dpm++": 20}
+    default_cfg_channels = 3  # as DiT, for comparability
+    time_scale = float(NUM_TIMESTEPS)
+
+    def __init__(self, *, learn_sigma: bool = True) -> None:
+        self.learn_sigma = learn_sigma
+        beta = torch.linspace(BETA_START, BETA_END, NUM_TIMESTEPS, dtype=torch.float64)
+        self.alpha_bar = (1 - beta).cumprod(dim=0)
+        self.levels = NoiseLevels.from_alpha_bar(self.alpha_bar)
+
+    # -- training
+
+    def draw_t(self, latents: Tensor, generator: Generator | None) -> Tensor:
+        """Draw timesteps (N,), evenly from 0..999."""
+        device = latents.device if generator is None else generator.device
+        t = torch.randint(NUM_TIMESTEPS, latents.shape[:1], generator=generator, device=device)
+        return t.to(latents.device)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Draw x_t of q(x_t | x_0), (N, C, H, W). Source: DDPM eq. 4."""
+        level = self.levels.at(t.long())
+        return level.signal_scale * latents + level.noise_scale * noise
+
+    def loss_terms(
+        self, prediction: Tensor, x_t: Tensor, latents: Tensor, noise: Tensor, t: Tensor
+    ) -> dict[str, Tensor]:
+        """Return the noise's squared error and, for the variance alone, the bound in bits.
+
+        Source: L_hybrid, iDDPM eq. 16. Its weight 0.001 times the sum of 1000 terms of the bound is
+        the one term at t with weight 1.
+        """
+        eps = prediction[:, : latents.shape[1]]
+        terms = {"mse": mean_flat((noise - eps).square())}
+        if self.learn_sigma:
+            frozen_eps = torch.cat([eps.detach(), prediction[:, latents.shape[1] :]], dim=1)
+            terms["vb"] = self.bound(frozen_eps, x_t, latents, t.long())
+        return terms
+
+    def bound(self, prediction: Tensor, x_t: Tensor, latents: Tensor, t: Tensor) -> Tensor:
+        """Return the term of the variational bound at timesteps t, (N,) in bits per dimension.
+
+        Source: DDPM eq. 5: a KL divergence, or the reconstruction at t = 0.
+        """
+        level = self.levels.at(t)
+        back = self.p_mean_variance(level, prediction, x_t)
+        true_mean = level.posterior_x0 * latents + level.posterior_xt * x_t
+        kl = gaussian_kl(true_mean, level.posterior_log_variance, back.mean, back.log_variance)
+        nll = discretized_gaussian_nll(latents, back.mean, 0.5 * back.log_variance)
+        return torch.where(t == 0, mean_flat(nll), mean_flat(kl)) / math.log(2.0)
+
+    def p_mean_variance(self, level: NoiseLevels, prediction: Tensor, x_t: Tensor) -> StepBack:
+        """Read a prediction (N, C_out, H, W) at x_t (N, C, H, W) as a Gaussian one level below.
+
+        Source: DDPM eq. 7 with the predicted x_0 (not clipped: latents have no range); variance
+        between its two bounds, iDDPM eq. 15.
+        """
+        channels = x_t.shape[1]
+        x0 = predicted_x0(level, prediction[:, :channels], x_t)
+        mean = level.posterior_x0 * x0 + level.posterior_xt * x_t
+        if self.learn_sigma:
+            fraction = (prediction[:, channels:] + 1) / 2  # the model's -1..1 spans the range
+            log_variance = fraction * level.log_beta + (1 - fraction) * level.posterior_log_variance
+        else:
+            log_variance = level.log_beta.expand_as(x_t)
+        return StepBack(mean, log_variance, x0)
+
+    # -- sampling
+
+    def respace(self, num_steps: int) -> tuple[list[int], NoiseLevels]:
+        """Return `num_steps` evenly spaced timesteps, ascending from 0 to 999, and their chain."""
+        timesteps = np.linspace(NUM_TIMESTEPS - 1, 0, num_steps).round().astype(int)[::-1].tolist()
+        return timesteps, NoiseLevels.from_alpha_bar(self.alpha_bar[timesteps])
+
+    def steps(self, sampler: str, num_steps: int, generator: Generator | None) -> Steps:
+        """Return the updates from timestep 999 down; only "ddpm" draws noise."""
+        if num_steps > NUM_TIMESTEPS:
+            raise ValueError(f"num_steps must be in 1..{NUM_TIMESTEPS}, got {num_steps}")
+        if sampler == "dpm++":
+            return dpm_solver_steps(num_steps)
+        update = partial(self.ddpm_step, generator=generator) if sampler == "ddpm" else ddim_step
+        timesteps, levels = self.respace(num_steps)
+        steps = [
+            (float(t), partial(update, t=t, level=levels.at(i))) for i, t in enumerate(timesteps)
+        ]
+        return steps[::-1]
+
+    def ddpm_step(
+        self, predict: Predict, x: Tensor, t: int, level: NoiseLevels, generator: Generator | None
+    ) -> Tensor:
+        """Draw x_{t-1} of p(x_{t-1} | x_t); the last step takes its mean. Source: DDPM alg. 2."""
+        back = self.p_mean_variance(level, predict(x, t), x)
+        if level.noise_scale_prev == 0:
+            return back.mean
+        return back.mean + (0.5 * back.log_variance).exp() * randn(x.shape, x.device, generator)
+
+
+def predicted_x0(level: NoiseLevels, eps: Tensor, x_t: Tensor) -> Tensor:
+    """Solve x_t = signal_scale * x_0 + noise_scale * eps for x_0."""
+    return (x_t - level.noise_scale * eps) / level.signal_scale
+
+
+def ddim_step(predict: Predict, x: Tensor, t: int, level: NoiseLevels) -> Tensor:
+    """Move to the level below along the same noise. Source: DDIM, arXiv:2010.02502, eq. 12."""
+    eps = predict(x, t)[:, : x.shape[1]]
+    return level.signal_scale_prev * predicted_x0(level, eps, x) + level.noise_scale_prev * eps
+
+
+def dpm_solver_steps(num_steps: int) -> Steps:
+    """Return the steps of DPM-Solver++(2M), arXiv:2211.01095, alg. 2, from diffusers."""
+    from diffusers import DPMSolverMultistepScheduler  # seconds to import, one sampler needs it
+
+    scheduler: Any = DPMSolverMultistepScheduler(
+        num_train_timesteps=NUM_TIMESTEPS,
+        beta_start=BETA_START,
+        beta_end=BETA_END,
+        beta_schedule="linear",
+        timestep_spacing="trailing",  # starts at 999 for any number of steps
+    )
+    scheduler.set_timesteps(num_steps)
+
+    def update(predict: Predict, x: Tensor, t: Tensor) -> Tensor:
+        eps = predict(x, t.item())[:, : x.shape[1]]  # variance channels are not for this solver
+        return scheduler.step(eps, t, x, return_dict=False)[0]
+
+    return [(t.item(), partial(update, t=t)) for t in scheduler.timesteps]
+
+
+# -- Gaussian terms of the bound, elementwise in nats
+
+
+def gaussian_kl(mean: Tensor, log_variance: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+    """Return KL(N(mean, exp log_variance) || N(mean2, exp log_variance2))."""
+    difference = log_variance - log_variance2
+    distance = (mean - mean2).square() * (-log_variance2).exp()
+    return 0.5 * (difference.exp() - difference - 1 + distance)
+
+
+def discretized_gaussian_nll(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """Return -log of a Gaussian's mass in the bin of width 2/255 around x.
+
+    The bins at -1 and 1 take all beyond; DiT keeps these pixel bins for latents. The tanh form of
+    the normal distribution function is that of the published objective.
+
+    Source: DDPM eq. 13.
+    """
+
+    def cdf(edge: Tensor) -> Tensor:
+        z = (edge - mean) * (-log_std).exp()
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+    upper = torch.where(x > 0.999, 1.0, cdf(x + 1 / 255))
+    lower = torch.where(x < -0.999, 0.0, cdf(x - 1 / 255))
+    return -(upper - lower).clamp_min(1e-12).log()

@@ -1,0 +1,62 @@
+"""Rectified flow: learn the velocity of a straight line from data to noise, follow it back.
+
+Shapes: N batch, C latent channels, H W latent size. t: 0 = data, 1 = noise, unscaled.
+
+Source: Liu et al., arXiv:2209.03003; t as in Esser et al., arXiv:2403.03206, sec. 3.1.
+"""
+
+from functools import partial
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor
+
+from diffusion.base import Diffusion, Predict, Steps, mean_flat, randn
+
+
+class RectifiedFlow(Diffusion):
+    """z_t = (1 - t) latents + t noise; the model's first C channels predict its velocity dz/dt."""
+
+    objective = "rf"
+    default_num_steps: ClassVar = {"euler": 50, "heun": 25}
+    default_cfg_channels = None
+    time_scale = 1.0
+
+    def draw_t(self, latents: Tensor, generator: Generator | None) -> Tensor:
+        """Draw t = sigmoid(normal), (N,) in (0, 1): most weight where prediction is hardest."""
+        return randn(latents.shape[:1], latents.device, generator).sigmoid()
+
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return z_t = (1 - t) latents + t noise, (N, C, H, W)."""
+        t = t.view(-1, 1, 1, 1)
+        return (1 - t) * latents + t * noise
+
+    def loss_terms(
+        self, prediction: Tensor, x_t: Tensor, latents: Tensor, noise: Tensor, t: Tensor
+    ) -> dict[str, Tensor]:
+        """Return the squared error of the velocity noise - latents."""
+        velocity = prediction[:, : latents.shape[1]]
+        return {"mse": mean_flat((velocity - (noise - latents)).square())}
+
+    def steps(self, sampler: str, num_steps: int, generator: Generator | None) -> Steps:
+        """Return the updates from t = 1 to t = 0 in even steps; nothing is drawn."""
+        update = {"euler": euler_step, "heun": heun_step}[sampler]
+        times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()
+        return [(t, partial(update, t=t, t_next=t_next)) for t, t_next in pairwise(times)]
+
+
+def euler_step(predict: Predict, x: Tensor, t: float, t_next: float) -> Tensor:
+    """Follow the velocity at t; exact where it is constant."""
+    return x + (t_next - t) * predict(x, t)[:, : x.shape[1]]
+
+
+def heun_step(predict: Predict, x: Tensor, t: float, t_next: float) -> Tensor:
+    """Follow the mean of the velocities at both ends: two model calls, second order.
+
+    Source: Karras et al., arXiv:2206.00364, alg. 1, with time as the noise level.
+    """
+    velocity = predict(x, t)[:, : x.shape[1]]
+    x_next = x + (t_next - t) * velocity
+    velocity_next = predict(x_next, t_next)[:, : x.shape[1]]
+    return x + (t_next - t) * (velocity + velocity_next) / 2

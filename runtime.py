@@ -1,0 +1,120 @@
+"""Where a script runs: device, precision and process group, decided here and nowhere else.
+
+One process (`python train.py`), many (`torchrun`), CPU (gloo) or GPU (nccl): the same code.
+"""
+
+import os
+import sys
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+class Runtime(NamedTuple):
+    """This process among all."""
+
+    rank: int  # global: decides data and seeds
+    world_size: int
+    device: torch.device  # by LOCAL_RANK, since every node counts its GPUs from 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and draws progress bars."""
+        return self.rank == 0
+
+
+def pick_device() -> torch.device:
+    """Return this process's GPU if there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+
+
+def setup() -> Runtime:
+    """Pick the device and, under torchrun, join the process group."""
+    device = pick_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    if "RANK" not in os.environ:
+        return Runtime(0, 1, device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Runtime(dist.get_rank(), dist.get_world_size(), device)
+
+
+def finish() -> None:
+    """Leave the process group after all work is done; under gloo this ends the process.
+
+    gloo's threads abort some runs at interpreter exit ("terminate called without an active
+    exception"), so the exit hooks are skipped there.
+    """
+    if not dist.is_initialized():
+        return
+    gloo = dist.get_backend() == "gloo"
+    dist.barrier()
+    dist.destroy_process_group()
+    if gloo:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Add a tensor up over all ranks, in place; alone, return it as it is."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Tell whether the hardware multiplies bfloat16 matrices natively."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(torch.cpu.get_capabilities().get(flag) for flag in ("avx512_bf16", "amx_bf16"))
+
+
+def default_precision(device: torch.device) -> str:
+    """Return "bf16" where the hardware has it, else "fp32"."""
+    return "bf16" if has_fast_bf16(device) else "fp32"
+
+
+def rng_state() -> dict[str, Tensor]:
+    """Return the state of this process's global generators."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, Tensor]) -> None:
+    """Restore what `rng_state` returned; a generator that either side lacks is left alone."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def gather_on_main(value: Any) -> list[Any]:
+    """Collect one object of every rank on the main process; elsewhere the list is empty."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.gather_object(value, gathered if dist.get_rank() == 0 else None)
+    return gathered if dist.get_rank() == 0 else []

@@ -1,0 +1,199 @@
+"""Train a DiT-MoE with DistributedDataParallel, on one CPU or many GPU nodes.
+
+    python train.py --data-path digits --model DiT-Ti/1 --rf --max-steps 1000
+    torchrun --nproc_per_node=8 train.py --model DiT-S/2 --num-experts 8 --data-path IMAGES
+
+Running the same command again continues where the run stopped, bit for bit.
+"""
+
+import argparse
+import contextlib
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+
+import runtime
+from checkpoint import checkpoint_path, load_checkpoint, prune_checkpoints, save_checkpoint
+from data import make_loader
+from train_utils import Ema, Job, Reporter, build_parser, describe, draw_grid, find_resume, prepare
+
+
+class Trainer:
+    """The model with its optimizer, loss scaler and EMA: one step forward, saved and restored."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.args, self.rt = job, job.args, job.rt
+        self.step = 0
+        self.model = job.model.to(self.rt.device).train()
+        self.ema = Ema(self.model, self.args.ema_decay)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=self.args.lr, weight_decay=self.args.weight_decay, fused=True
+        )
+        fp16 = self.args.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(self.rt.device.type, enabled=fp16)
+        if self.args.compile:
+            for block in self.model.blocks:
+                block.compile(fullgraph=True)
+        self.wrapped: nn.Module = self.model
+        if self.rt.world_size > 1:
+            devices = [self.rt.device] if self.rt.device.type == "cuda" else None
+            self.wrapped = DistributedDataParallel(
+                self.model,
+                device_ids=devices,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+
+    def train_step(self, batches: Iterable[tuple[Tensor, Tensor, dict[str, Any]]]) -> dict:
+        """Make one optimizer step from `accum_steps` micro-batches.
+
+        Args:
+            batches: (latents (N, C, H, W), labels (N,), further arguments of `training_loss`).
+
+        Returns:
+            loss, aux_loss (per layer, 1.0 = even) and grad_norm, each ().
+        """
+        dtype = runtime.DTYPES[self.args.precision]
+        losses, aux_losses = [], []
+        for i, (latents, labels, given) in enumerate(batches):
+            last = i == self.args.accum_steps - 1
+            skip_sync = self.rt.world_size > 1 and not last
+            with self.wrapped.no_sync() if skip_sync else contextlib.nullcontext():  # type: ignore[operator]
+                with torch.autocast(self.rt.device.type, dtype, enabled=dtype != torch.float32):
+                    out = self.job.diffusion.training_loss(self.wrapped, latents, labels, **given)
+                loss = out.per_sample.mean()
+                total = loss + self.args.aux_loss_weight * out.aux_loss
+                self.scaler.scale(total / self.args.accum_steps).backward()
+            losses.append(loss.detach())
+            aux_losses.append(out.aux_loss.detach() / self.model.config.depth)
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = clip_grad_norm_(self.parameters, self.args.clip_grad or float("inf"))
+        lr = self.learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update()
+        self.step += 1
+        return {
+            "loss": torch.stack(losses).mean(),
+            "aux_loss": torch.stack(aux_losses).mean(),
+            "grad_norm": grad_norm,
+        }
+
+    def learning_rate(self) -> float:
+        """Return the rate of the next step: linear warm-up, then constant."""
+        return self.args.lr * min(1.0, (self.step + 1) / max(self.args.warmup_steps, 1))
+
+    def save(self) -> None:
+        """Write the checkpoint of this step, with every rank's RNG, then drop the oldest ones."""
+        rng = runtime.gather_on_main(runtime.rng_state())
+        if not self.rt.is_main:
+            return
+        path = checkpoint_path(self.job.run_dir, self.step)
+        save_checkpoint(
+            path,
+            config=self.model.config,
+            settings=vars(self.args),
+            model=self.model.state_dict(),
+            ema=self.ema.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.scaler.state_dict() if self.scaler.is_enabled() else None,
+            step=self.step,
+            rng=rng,
+        )
+        prune_checkpoints(self.job.run_dir, self.args.keep_last)
+        logging.info("checkpoint: %s", path)
+
+    def resume(self, path: Path) -> None:
+        """Continue from a checkpoint of this model.
+
+        Raises:
+            ValueError: if it is damaged or of another model.
+        """
+        content = load_checkpoint(path)
+        ours = self.model.config.to_dict()
+        if differing := {k for k in ours if content["config"].get(k) != ours[k]}:
+            raise ValueError(
+                f"--resume: {path} was trained with another {', '.join(sorted(differing))}; "
+                "give the same flags, or another --run-name to start anew"
+            )
+        self.model.load_state_dict(content["model"])
+        self.ema.model.load_state_dict(content["ema"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        if content["scaler"] is not None:
+            self.scaler.load_state_dict(content["scaler"])
+        self.step = content["step"]
+        if len(content["rng"]) == self.rt.world_size:
+            runtime.set_rng_state(content["rng"][self.rt.rank])
+        else:
+            logging.warning(
+                "%s is from %d ranks, this run has %d: noise and label drops go on from new seeds",
+                path, len(content["rng"]), self.rt.world_size,
+            )  # fmt: skip
+            torch.manual_seed(self.args.seed + 1 + self.rt.rank + 1000 * self.step)
+        logging.info("resumed %s at step %d", path, self.step)
+
+
+def latent_batches(job: Job, start_step: int) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
+    """Yield this rank's endless micro-batches as (latents, labels, {}), from `start_step` on."""
+    loader = make_loader(
+        job.dataset,
+        micro_batch_size=job.args.micro_batch_size,
+        accum_steps=job.args.accum_steps,
+        rank=job.rt.rank,
+        world_size=job.rt.world_size,
+        seed=job.args.seed,
+        start_step=start_step,
+        num_workers=job.args.num_workers,
+        pin_memory=job.rt.device.type == "cuda",
+    )
+    for images, labels in loader:
+        images = images.to(job.rt.device, non_blocking=True)
+        yield job.vae.encode(images), labels.to(job.rt.device, non_blocking=True), {}
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train until `--max-steps`."""
+    try:
+        job = prepare(args)
+        if args.dry_run:
+            print(describe(job))
+            return
+        checkpoint = find_resume(args, job.run_dir)
+        trainer = Trainer(job)
+        if checkpoint:
+            trainer.resume(checkpoint)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"train.py: error: {error}")
+
+    reporter = Reporter(job, trainer.step)
+    batches = latent_batches(job, trainer.step)
+    while trainer.step < args.max_steps:
+        reporter.add(**trainer.train_step(islice(batches, args.accum_steps)))
+        step, last = trainer.step, trainer.step == args.max_steps
+        if step % args.log_every == 0 or last:
+            reporter.log(step, trainer.learning_rate())
+        if step % args.ckpt_every == 0 or last:
+            trainer.save()
+        if args.sample_every and (step % args.sample_every == 0 or last):
+            if job.rt.is_main:
+                draw_grid(trainer.ema.model, job, step)
+            runtime.barrier()
+    reporter.close()
+    logging.info("done: %s is at step %d", job.run_dir, trainer.step)
+    runtime.finish()
+
+
+if __name__ == "__main__":
+    main(build_parser(__doc__ or "").parse_args())

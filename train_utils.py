@@ -1,0 +1,430 @@
+"""What both trainers need and nobody else: flags, the run folder, logging, EMA, sample grids.
+
+In the order a run uses them: `build_parser`, `prepare` (flags to a `Job`: data, objective, model),
+`find_resume`, `Ema`, and `Reporter` (progress bar, curves, grids).
+"""
+
+import argparse
+import copy
+import json
+import logging
+import math
+import re
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+import runtime
+from checkpoint import atomic_write, latest_checkpoint, load_model
+from data import VAE, FolderImages, ImageDataset, Pixels, load_dataset, load_vae, save_grid
+from diffusion import Diffusion, create_diffusion
+from models import DiT, DiT_models
+from routing import LoadCounter, dead_experts, load_entropy, max_violation
+from runtime import Runtime
+
+GRID_COLUMNS, GRID_ROWS = 10, 6
+
+
+# ------------------------------------------------------------------------------ flags
+
+
+def parse_bool(text: str) -> bool:
+    """Read True/False as a flag's value, for `--rf True` as published as well as `--rf`."""
+    choices = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in choices:
+        raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
+    return choices[text.lower()]
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Any:
+    """Return an argparse type that accepts `kind` in [low, high] only."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    """Return the parser of the flags that both trainers share."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+
+    def add(group: Any, name: str, *aliases: str, **options: Any) -> None:
+        snake = "--" + name[2:].replace("-", "_")
+        spellings = dict.fromkeys((name, snake, *aliases))  # published spellings work too
+        group.add_argument(*spellings, dest=snake[2:], **options)
+
+    flag = {"type": parse_bool, "nargs": "?", "const": True, "metavar": "BOOL"}
+    count, share = number(int, 1), number(float, 0, 1)
+
+    data = parser.add_argument_group("Data")
+    add(data, "--data-path", required=True, help="image folder, 'digits' or 'fashion-mnist'")
+    add(data, "--image-size", type=count, help="pixels; default 256, or the embedded data's own")
+    add(data, "--fashion-mnist-root", help="folder of the idx files; default: Debian's, ./data")
+    add(data, "--flip", default=None, **flag, help="mirror at random; default: only image folders")
+    add(data, "--vae-path", help="folder or hub id; 'none' = pixels, the embedded data's default")
+    add(data, "--num-workers", type=number(int, 0), help="loaders per rank; default 4 for folders")
+
+    model = parser.add_argument_group("Model")
+    add(model, "--model", choices=list(DiT_models), default="DiT-XL/2", help="size/patch")
+    add(model, "--num-classes", type=count, help="default: the data's own number")
+    add(model, "--class-dropout-prob", type=share, default=0.1, help="labels dropped for CFG")
+    add(model, "--qk-norm", default=None, **flag, help="normalise q and k; default: by size")
+    add(model, "--flash-attn", default=False, **flag, help="use the flash-attn package (CUDA)")
+    add(model, "--init-from", help="checkpoint whose (EMA) weights a fresh run starts from")
+
+    moe = parser.add_argument_group("MoE")
+    add(moe, "--num-experts", type=number(int, 0), help="routed; default: by size; 0 = dense")
+    add(moe, "--num-experts-per-tok", type=count, help="K, experts each token uses")
+    add(moe, "--num-shared-experts", type=number(int, 0), help="width of the shared expert / D")
+    add(moe, "--mlp-ratio", type=number(float, 0.01), help="hidden width of an expert / D")
+    add(moe, "--aux-loss-weight", type=number(float, 0), default=0.005, help="per layer, paper's")
+
+    train = parser.add_argument_group("Optimization")
+    add(train, "--rf", default=False, **flag, help="rectified flow instead of DDPM")
+    add(train, "--global-batch-size", "--train_batch_size", type=count, default=256, help="images")
+    add(train, "--micro-batch-size", type=count, help="images per rank and pass; default: all")
+    add(train, "--accum-steps", "--accum_iter", type=count, help="passes a step; default: by sizes")
+    add(train, "--lr", type=number(float, 0), default=1e-4, help="AdamW, constant after warm-up")
+    add(train, "--warmup-steps", type=number(int, 0), default=0, help="steps of linear warm-up")
+    add(train, "--weight-decay", type=number(float, 0), default=0.0, help="AdamW, decoupled")
+    add(train, "--clip-grad", type=number(float, 0), default=1.0, help="norm; 0 = off")
+    add(train, "--ema-decay", type=share, default=0.9999, help="per step")
+    add(train, "--precision", choices=("bf16", "fp16", "fp32"), help="default: bf16 if native")
+    add(train, "--grad-checkpointing", default=False, **flag, help="recompute blocks, save memory")
+    add(train, "--compile", default=False, **flag, help="torch.compile every block")
+
+    run = parser.add_argument_group("Run")
+    add(run, "--results-dir", default="results", help="folder of all runs")
+    add(run, "--run-name", help="folder of this run; default: from model, objective and data")
+    add(run, "--resume", default="auto", help="'auto' = this run's last, 'never', or a file")
+    add(run, "--epochs", type=count, default=1400, help="passes over the data")
+    add(run, "--max-steps", type=count, help="optimizer steps; ends earlier than --epochs")
+    add(run, "--seed", "--global-seed", "--global_seed", type=int, default=0, help="of all draws")
+    add(run, "--log-every", type=count, default=100, help="steps")
+    add(run, "--ckpt-every", type=count, default=5000, help="steps; the last step is saved too")
+    add(run, "--keep-last", type=number(int, 0), default=3, help="checkpoints kept; 0 = all")
+    add(run, "--sample-every", type=number(int, 0), default=5000, help="steps; 0 = no grids")
+    add(run, "--sample-cfg-scale", type=number(float, 0), default=1.5, help="of the grids")
+    add(run, "--dry-run", default=False, **flag, help="print settings and parameters, then stop")
+    return parser
+
+
+def resolve_batch(args: argparse.Namespace, world_size: int) -> None:
+    """Fill in `micro_batch_size` and `accum_steps`, so that global = micro * accum * ranks.
+
+    Raises:
+        ValueError: if the three numbers given do not fit together.
+    """
+    per_rank, rest = divmod(args.global_batch_size, world_size)
+    if rest:
+        raise ValueError(
+            f"--global-batch-size {args.global_batch_size} is not a multiple of {world_size} ranks"
+        )
+    if args.micro_batch_size is None:
+        args.micro_batch_size = per_rank // (args.accum_steps or 1)
+    if args.accum_steps is None:
+        args.accum_steps = per_rank // args.micro_batch_size
+    if args.micro_batch_size * args.accum_steps != per_rank:
+        raise ValueError(
+            f"--global-batch-size {args.global_batch_size} is not --micro-batch-size "
+            f"{args.micro_batch_size} x --accum-steps {args.accum_steps} x {world_size} ranks"
+        )
+
+
+def resolve_settings(args: argparse.Namespace, rt: Runtime, dataset: ImageDataset) -> None:
+    """Fill in every default that depends on the data, the machine or other flags.
+
+    Raises:
+        ValueError: naming the flag, if a value does not fit the data or the ranks.
+    """
+    resolve_batch(args, rt.world_size)
+    args.objective = "rf" if args.rf else "ddpm"
+    args.image_size = dataset.image_size
+    args.class_names = dataset.class_names
+    args.num_classes = args.num_classes or dataset.num_classes
+    if args.num_classes < dataset.num_classes:
+        raise ValueError(
+            f"--num-classes {args.num_classes} is less than the {dataset.num_classes} classes of "
+            f"--data-path {args.data_path}"
+        )
+    if args.vae_path is None:
+        folder = isinstance(dataset, FolderImages)
+        args.vae_path = "stabilityai/sd-vae-ft-ema" if folder else "none"
+    if args.precision is None:
+        args.precision = runtime.default_precision(rt.device)
+    if args.precision == "fp16" and rt.device.type == "cpu":
+        logging.warning("--precision fp16 has no fast kernels on a CPU: expect a crawl")
+    if args.num_workers is None:
+        args.num_workers = 4 if isinstance(dataset, FolderImages) else 0
+    steps_per_epoch = max(len(dataset) // args.global_batch_size, 1)
+    args.max_steps = min(args.epochs * steps_per_epoch, args.max_steps or 10**12)
+
+
+class Job(NamedTuple):
+    """What a run trains, built from its flags alone."""
+
+    args: argparse.Namespace  # every default filled in
+    rt: Runtime
+    dataset: ImageDataset
+    vae: VAE | Pixels
+    diffusion: Diffusion
+    model: DiT
+    run_dir: Path
+
+
+def prepare(args: argparse.Namespace) -> Job:
+    """Join the process group, open the data and build the model; no file is written.
+
+    Raises:
+        ValueError, FileNotFoundError: naming the flag whose value does not fit.
+    """
+    rt = runtime.setup()
+    level = logging.INFO if rt.is_main else logging.WARNING
+    logging.basicConfig(level=level, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S")
+    dataset = load_dataset(
+        args.data_path,
+        image_size=args.image_size,
+        fashion_mnist_root=args.fashion_mnist_root,
+        flip=args.flip,
+    )
+    resolve_settings(args, rt, dataset)
+    vae = load_vae(args.vae_path, device=rt.device)
+    torch.manual_seed(args.seed)  # the same initial weights on every rank
+    model = build_model(args, vae.channels or dataset.channels, vae.downsample)
+    torch.manual_seed(args.seed + 1 + rt.rank)  # other noise, times and label drops on each
+    diffusion = create_diffusion(args.objective, learn_sigma=model.config.learn_sigma)
+    run_dir = Path(args.results_dir) / (args.run_name or default_run_name(args))
+    return Job(args, rt, dataset, vae, diffusion, model, run_dir)
+
+
+def build_model(args: argparse.Namespace, latent_channels: int, downsample: int) -> DiT:
+    """Build the model that the flags describe, with the weights of `--init-from` if given.
+
+    Raises:
+        ValueError: if a size does not fit, or the initial weights are of another model.
+    """
+    if args.image_size % downsample:
+        raise ValueError(f"--image-size {args.image_size} is not a multiple of {downsample}")
+    optional = ("num_experts", "num_experts_per_tok", "num_shared_experts", "mlp_ratio", "qk_norm")
+    overrides = {name: value for name in optional if (value := getattr(args, name)) is not None}
+    model = DiT_models[args.model](
+        input_size=args.image_size // downsample,
+        in_channels=latent_channels,
+        num_classes=args.num_classes,
+        class_dropout_prob=args.class_dropout_prob,
+        **overrides,
+    )
+    model.grad_checkpointing = args.grad_checkpointing
+    if args.flash_attn:
+        model.use_flash_attn()
+    if args.init_from:
+        source = load_model(args.init_from)
+        try:
+            model.load_state_dict(source.state_dict())
+        except RuntimeError as error:
+            raise ValueError(f"--init-from {args.init_from}: {error}") from error
+    return model
+
+
+# ------------------------------------------------------------------------------ run folder
+
+
+def default_run_name(args: argparse.Namespace) -> str:
+    """Name a run by what it trains, so that the same command finds its own checkpoints."""
+    experts = "" if args.num_experts is None else f"-{args.num_experts}E"
+    data = Path(args.data_path).name
+    return re.sub(r"[^\w.-]+", "-", f"{args.model}{experts}-{args.objective}-{data}")
+
+
+def find_resume(args: argparse.Namespace, run_dir: Path) -> Path | None:
+    """Return the checkpoint to continue from by `--resume`, None to start fresh.
+
+    Raises:
+        ValueError: if `--resume never` would write over a run.
+        FileNotFoundError: if `--resume FILE` is not there.
+    """
+    if args.resume == "auto":
+        return latest_checkpoint(run_dir)
+    if args.resume == "never":
+        if latest_checkpoint(run_dir) is not None:
+            raise ValueError(f"--resume never: {run_dir} has checkpoints; give another --run-name")
+        return None
+    if not Path(args.resume).exists():
+        raise FileNotFoundError(f"--resume {args.resume}: no such file")
+    return Path(args.resume)
+
+
+def describe(job: Job) -> str:
+    """Return the settings and parameter counts that `--dry-run` prints."""
+    total, activated = job.model.num_parameters()
+    settings = {k: v for k, v in vars(job.args).items() if k != "class_names"}
+    lines = [
+        json.dumps(settings, indent=2, sort_keys=True),
+        f"data: {len(job.dataset):,} images, {job.dataset.num_classes} classes",
+        f"ranks: {job.rt.world_size} on {job.rt.device.type}",
+        f"run folder: {job.run_dir}",
+        f"parameters: {total:,} total, {activated:,} activated",
+    ]
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------ EMA
+
+
+class Ema:
+    """Exponential moving average of a model's trained parameters, in float32.
+
+    `model` is a frozen copy in eval mode, ready to sample from.
+    """
+
+    def __init__(self, model: DiT, decay: float) -> None:
+        self.decay = decay
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        pairs = zip(self.model.parameters(), model.parameters(), strict=True)
+        trained = [(average, parameter) for average, parameter in pairs if parameter.requires_grad]
+        self._averages, self._parameters = zip(*trained, strict=True)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the model, in one fused pass: ema += (1 - decay)(p - ema)."""
+        torch._foreach_lerp_(self._averages, self._parameters, 1 - self.decay)
+
+
+# ------------------------------------------------------------------------------ curves and grids
+
+
+class Reporter:
+    """Progress bar, TensorBoard curves and the log of a run; files on the main process only.
+
+    All ranks call `add` and `log`, since the means go over ranks.
+    """
+
+    def __init__(self, job: Job, start_step: int) -> None:
+        self.args, self.rt, self.run_dir = job.args, job.rt, job.run_dir
+        self.counter = LoadCounter(job.model)
+        self.bar = tqdm(
+            initial=start_step,
+            total=self.args.max_steps,
+            desc="train",
+            unit="step",
+            disable=not self.rt.is_main,
+            mininterval=1.0,
+        )
+        self._redirect = logging_redirect_tqdm()
+        self._redirect.__enter__()
+        self._reset()
+        if not self.rt.is_main:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        (self.run_dir / "samples").mkdir(parents=True, exist_ok=True)
+        with atomic_write(self.run_dir / "args.json") as temp:
+            temp.write_text(json.dumps(vars(self.args), indent=2, sort_keys=True) + "\n")
+        logging.getLogger().addHandler(logging.FileHandler(self.run_dir / "log.txt"))
+        # Steps after the checkpoint are done again: this hides their first points.
+        self.writer = SummaryWriter(str(self.run_dir), purge_step=start_step + 1)
+        logging.info("\n%s", describe(job))
+
+    def _reset(self) -> None:
+        self.counter.counts.zero_()
+        self._sums: dict[str, Tensor] = {}
+        self._num_steps = 0
+        self._since = time.monotonic()
+
+    def add(self, **values: Tensor) -> None:
+        """Take one step's values, each () and averaged over this rank's part of the batch."""
+        for name, value in values.items():
+            value = value.detach().float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._num_steps += 1
+        self.bar.update()
+
+    def log(self, step: int, lr: float) -> None:
+        """Write the means since the last call, over steps and ranks, as one point of each curve.
+
+        Raises:
+            FloatingPointError: if the loss is no longer a number; checkpoints are left alone.
+        """
+        sums = runtime.sum_over_ranks(torch.stack(list(self._sums.values()))).tolist()
+        per = self._num_steps * self.rt.world_size
+        scalars = {name: value / per for name, value in zip(self._sums, sums, strict=True)}
+        seconds = (time.monotonic() - self._since) / self._num_steps
+        scalars |= {"lr": lr, "images_per_second": self.args.global_batch_size / seconds}
+        scalars |= load_scalars(self.counter)
+        self._reset()
+        if not math.isfinite(scalars["loss"]):
+            raise FloatingPointError(
+                f"the loss is {scalars['loss']} after step {step}; the checkpoints in "
+                f"{self.run_dir} are from before. Try a lower --lr, --clip-grad, --qk-norm or "
+                "--precision fp32"
+            )
+        if self.rt.is_main:
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, step)
+            shown = ("loss", "aux_loss", "grad_norm", "images_per_second", "experts/max_vio")
+            text = {
+                name.split("/")[-1]: f"{scalars[name]:.4g}" for name in shown if name in scalars
+            }
+            self.bar.set_postfix(text)
+            logging.info("step %d: %s", step, ", ".join(f"{k} {v}" for k, v in text.items()))
+
+    def close(self) -> None:
+        """Finish the bar and flush the curves."""
+        self.bar.close()
+        self._redirect.__exit__(None, None, None)
+        if self.rt.is_main:
+            self.writer.close()
+
+
+def load_scalars(counter: LoadCounter) -> dict[str, float]:
+    """Sum the expert load over all ranks and return its curves, on average and by layer."""
+    counts = runtime.sum_over_ranks(counter.counts.clone()).cpu()
+    scalars: dict[str, float] = {}
+    measures = {"entropy": load_entropy, "max_vio": max_violation, "dead": dead_experts}
+    for name, measure in measures.items() if len(counts) else ():
+        values = measure(counts).float()  # (L,)
+        scalars[f"experts/{name}"] = values.mean().item()
+        for layer, value in enumerate(values.tolist()):
+            scalars[f"experts_{name}/layer_{layer:02d}"] = value
+    return scalars
+
+
+def draw_grid(model: nn.Module, job: Job, step: int) -> Path:
+    """Sample a grid, one class a column, always from the same noise; the global RNG is left alone.
+
+    Args:
+        model: EMA model in eval mode.
+        job: whose objective, VAE and run folder to use.
+        step: names the picture.
+    """
+    config, device = job.model.config, job.rt.device
+    columns = min(config.num_classes, GRID_COLUMNS)
+    classes = torch.linspace(0, config.num_classes - 1, columns).long()
+    y = classes.repeat(GRID_ROWS).to(device)
+    generator = torch.Generator().manual_seed(0)
+    shape = (len(y), config.in_channels, config.input_size, config.input_size)
+    latents = job.diffusion.sample(
+        model,
+        torch.randn(shape, generator=generator).to(device),
+        y,
+        num_steps=min(50, job.diffusion.default_num_steps[job.diffusion.default_sampler]),
+        cfg_scale=job.args.sample_cfg_scale,
+        null_label=config.null_label,
+        generator=generator,
+    )
+    path = job.run_dir / "samples" / f"{step:07d}.png"
+    save_grid(job.vae.decode(latents), path, columns=columns)
+    logging.info("samples: %s", path)
+    return path
