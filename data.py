@@ -28,9 +28,10 @@ Key = tuple[int, bool]  # (index in the dataset, mirror it left to right?)
 
 FASHION_MNIST_ROOT = Path("/usr/share/datasets/fashion-mnist")  # Debian: dataset-fashion-mnist
 FASHION_MNIST_DOWNLOAD = Path("data")
-FASHION_MNIST_CLASSES = (
-    "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
-)
+# fmt: off
+FASHION_MNIST_CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
+                         "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+# fmt: on
 ACCEPTED_DATA = (
     "It accepts 'digits', 'fashion-mnist' or a folder with one subfolder of images per class"
 )

@@ -4,6 +4,7 @@ import gzip
 import struct
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,15 +79,23 @@ def vae_folder(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("vae")
     torch.manual_seed(0)
-    AutoencoderKL(
+    model: Any = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(8,) * 4,
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,
-    ).save_pretrained(folder)
+    )
+    model.save_pretrained(folder)
     return folder
+
+
+def open_vae(folder, **options):
+    """Load the VAE of a folder on the CPU."""
+    vae = load_vae(folder, device="cpu", **options)
+    assert isinstance(vae, data.VAE)
+    return vae
 
 
 # --- The stream -----------------------------------------------------------------------------------
@@ -181,7 +190,10 @@ def test_a_label_without_a_class_is_refused():
 
 def test_digits_splits_are_disjoint_and_complete():
     train, test, everything = (load_dataset("digits", split=s) for s in ("train", "test", "all"))
-    as_set = [{tuple(p.flatten().tolist()) for p in d._pixels} for d in (train, test, everything)]
+    as_set = [
+        {tuple(p.flatten().tolist()) for p in d.pixels(torch.arange(len(d)))}
+        for d in (train, test, everything)
+    ]
     assert (len(train), len(test), len(everything)) == (1497, 300, 1797)
     assert as_set[0] | as_set[1] == as_set[2] and not as_set[0] & as_set[1]
     assert (train.channels, train.image_size, train.num_classes, train.flip) == (1, 8, 10, False)
@@ -298,7 +310,7 @@ def test_center_crop_averages_when_it_shrinks():
 
 
 def test_the_vae_applies_its_scale_once_each_way(vae_folder):
-    vae = load_vae(vae_folder, device="cpu")
+    vae = open_vae(vae_folder)
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     posterior = vae.model.encode(images).latent_dist
     mean, std = vae.moments(images)
@@ -312,7 +324,7 @@ def test_the_vae_applies_its_scale_once_each_way(vae_folder):
 
 
 def test_encode_samples_the_posterior_from_the_generator(vae_folder):
-    vae = load_vae(vae_folder, device="cpu")
+    vae = open_vae(vae_folder)
     images = torch.zeros(2, 3, 32, 32)
     first, again, other = (
         vae.encode(images, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
@@ -324,7 +336,7 @@ def test_encode_samples_the_posterior_from_the_generator(vae_folder):
 
 
 def test_decode_is_float32_and_does_not_depend_on_chunks_or_autocast(vae_folder, monkeypatch):
-    vae = load_vae(vae_folder, device="cpu", dtype=torch.bfloat16)
+    vae = open_vae(vae_folder, dtype=torch.bfloat16)
     latents = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     at_once = vae.decode(latents)
     monkeypatch.setattr(data, "DECODE_CHUNK_PIXELS", 16)
@@ -336,14 +348,14 @@ def test_decode_is_float32_and_does_not_depend_on_chunks_or_autocast(vae_folder,
 
 def test_bfloat16_encoding_returns_float32_latents_near_the_exact_ones(vae_folder):
     images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    exact, _ = load_vae(vae_folder, device="cpu").moments(images)
-    rounded, _ = load_vae(vae_folder, device="cpu", dtype=torch.bfloat16).moments(images)
+    exact, _ = open_vae(vae_folder).moments(images)
+    rounded, _ = open_vae(vae_folder, dtype=torch.bfloat16).moments(images)
     assert rounded.dtype == torch.float32
     assert 0 < (rounded - exact).abs().max() < 0.05 * exact.abs().max()
 
 
 def test_the_vae_is_frozen_and_refuses_gray_images(vae_folder):
-    vae = load_vae(vae_folder, device="cpu")
+    vae = open_vae(vae_folder)
     assert not vae.model.training
     assert not any(parameter.requires_grad for parameter in vae.model.parameters())
     with pytest.raises(ValueError, match="takes 3-channel images, the data has 1"):
