@@ -10,6 +10,7 @@ The names inside the published files are in layouts.py.
 
 import argparse
 import json
+import logging
 import os
 import pickle
 import re
@@ -104,8 +105,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     content = _load_torch(Path(path))
     if not _is_ours(content):
         raise ValueError(f"{path} can't be resumed: it has {_describe(content)}, not {FORMAT} keys")
-    if content["version"] > VERSION:
-        raise ValueError(f"{path} has version {content['version']}, this code reads <= {VERSION}")
+    if (version := content.get("version", 0)) > VERSION:
+        raise ValueError(f"{path} has version {version}, this code reads up to {VERSION}")
     if missing := [key for key in CHECKPOINT_KEYS if key not in content]:
         raise ValueError(f"{path} lacks {missing}, found {sorted(content)}")
     return content
@@ -113,8 +114,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def latest_checkpoint(run_dir: str | Path) -> Path | None:
     """Return the checkpoint with the highest step, skipping files without a proper end."""
-    whole = (path for path in reversed(_checkpoints(run_dir)) if zipfile.is_zipfile(path))
-    return next(whole, None)
+    for path in reversed(_checkpoints(run_dir)):
+        if zipfile.is_zipfile(path):
+            return path
+        logging.warning("%s is damaged, looking for an older checkpoint", path)
+    return None
 
 
 def prune_checkpoints(run_dir: str | Path, keep_last: int) -> None:
@@ -261,6 +265,8 @@ def _open_folder(folder: Path) -> _Source:
     """Open the latest checkpoint of a run, or a diffusers model."""
     if (latest := latest_checkpoint(folder)) is not None:
         return _open(latest)
+    if (folder / "model_index.json").is_file():  # a whole diffusers pipeline
+        folder = folder / "transformer"
     config_path = folder / "config.json"
     config = json.loads(config_path.read_text()) if config_path.is_file() else {}
     if config.get("_class_name") != "DiTTransformer2DModel":
