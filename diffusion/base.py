@@ -38,7 +38,7 @@ class GuidedModel:
     """A model with classifier-free guidance, as a float32 function of latents and model time.
 
     Source: Ho & Salimans, arXiv:2207.12598, eq. 6 with cfg_scale = 1 + w; the interval is from
-    Kynkaanniemi et al., arXiv:2404.07724.
+    Kynkäänniemi et al., arXiv:2404.07724.
     """
 
     model: Model
@@ -100,7 +100,7 @@ class Diffusion(ABC):
 
     @abstractmethod
     def draw_t(self, latents: Tensor, generator: Generator | None) -> Tensor:
-        """Draw a training time for each sample, (N,), in the model's units."""
+        """Draw a training time for each sample, (N,) fp32, in the model's units."""
 
     @abstractmethod
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -141,10 +141,10 @@ class Diffusion(ABC):
             The loss of each sample, the model's `aux_loss` and the named terms.
         """
         latents = latents.float()
-        t = self.draw_t(latents, generator) if t is None else t
+        t = self.draw_t(latents, generator) if t is None else t.float()
         noise = randn(latents.shape, latents.device, generator) if noise is None else noise.float()
         x_t = self.add_noise(latents, noise, t)
-        prediction, aux_loss = model(x_t, t.float(), y, **model_kwargs)
+        prediction, aux_loss = model(x_t, t, y, **model_kwargs)
         terms = self.loss_terms(prediction.float(), x_t, latents, noise, t)
         per_sample = torch.stack(list(terms.values())).sum(dim=0)
         detached = {name: term.detach() for name, term in terms.items()}

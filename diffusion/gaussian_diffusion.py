@@ -45,7 +45,7 @@ class NoiseLevels(NamedTuple):
         alpha_bar_prev = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
         beta = 1 - alpha_bar / alpha_bar_prev
         posterior_variance = beta * (1 - alpha_bar_prev) / (1 - alpha_bar)
-        # It is 0 at the lowest level, where its log stands in for the next one's (iDDPM's code).
+        # It is 0 at the lowest level: the one above stands in, so that the log is finite.
         posterior_variance[0] = torch.cat([posterior_variance, beta])[1]
         return cls(
             signal_scale=alpha_bar.sqrt(),
@@ -62,8 +62,8 @@ class NoiseLevels(NamedTuple):
         """Pick levels: one for all samples (a scalar), or one each (N,) -> (N, 1, 1, 1) float32."""
         if isinstance(index, int):
             return NoiseLevels(*(field[index] for field in self))
-        fields = (field.float().to(index.device)[index] for field in self)
-        return NoiseLevels(*(field.view(-1, 1, 1, 1) for field in fields))
+        picked = torch.stack(self).float().to(index.device)[:, index]  # (fields, N)
+        return NoiseLevels(*picked.view(len(self), -1, 1, 1, 1))
 
 
 class StepBack(NamedTuple):
@@ -99,7 +99,7 @@ class GaussianDiffusion(Diffusion):
         """Draw timesteps (N,), evenly from 0..999."""
         device = latents.device if generator is None else generator.device
         t = torch.randint(NUM_TIMESTEPS, latents.shape[:1], generator=generator, device=device)
-        return t.to(latents.device)
+        return t.to(latents.device).float()
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Draw x_t of q(x_t | x_0), (N, C, H, W). Source: DDPM eq. 4."""
@@ -140,19 +140,22 @@ class GaussianDiffusion(Diffusion):
         between its two bounds, iDDPM eq. 15.
         """
         channels = x_t.shape[1]
-        x0 = predicted_x0(level, prediction[:, :channels], x_t)
-        mean = level.posterior_x0 * x0 + level.posterior_xt * x_t
         if self.learn_sigma:
-            fraction = (prediction[:, channels:] + 1) / 2  # the model's -1..1 spans the range
-            log_variance = fraction * level.log_beta + (1 - fraction) * level.posterior_log_variance
+            eps, variance = prediction.split(channels, dim=1)
+            fraction = (variance + 1) / 2  # the model's -1..1 spans the range
+            least, most = level.posterior_log_variance, level.log_beta
+            log_variance = fraction * most + (1 - fraction) * least
         else:
-            log_variance = level.log_beta.expand_as(x_t)
+            eps, log_variance = prediction[:, :channels], level.log_beta.expand_as(x_t)
+        x0 = predicted_x0(level, eps, x_t)
+        mean = level.posterior_x0 * x0 + level.posterior_xt * x_t
         return StepBack(mean, log_variance, x0)
 
     # -- sampling
 
     def respace(self, num_steps: int) -> tuple[list[int], NoiseLevels]:
         """Return `num_steps` evenly spaced timesteps, ascending from 0 to 999, and their chain."""
+        # Counting down, so that a single step is the one from pure noise.
         timesteps = np.linspace(NUM_TIMESTEPS - 1, 0, num_steps).round().astype(int)[::-1].tolist()
         return timesteps, NoiseLevels.from_alpha_bar(self.alpha_bar[timesteps])
 

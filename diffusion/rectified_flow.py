@@ -9,7 +9,6 @@ from functools import partial
 from itertools import pairwise
 from typing import ClassVar
 
-import torch
 from torch import Generator, Tensor
 
 from diffusion.base import Diffusion, Predict, Steps, mean_flat, randn
@@ -42,7 +41,7 @@ class RectifiedFlow(Diffusion):
     def steps(self, sampler: str, num_steps: int, generator: Generator | None) -> Steps:
         """Return the updates from t = 1 to t = 0 in even steps; nothing is drawn."""
         update = {"euler": euler_step, "heun": heun_step}[sampler]
-        times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()
+        times = [(num_steps - step) / num_steps for step in range(num_steps + 1)]
         return [(t, partial(update, t=t, t_next=t_next)) for t, t_next in pairwise(times)]
 
 
