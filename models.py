@@ -278,17 +278,11 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, expert_indices: Tensor, expert_weights: Tensor) -> Tensor:
         """Send (M, D) tokens through their (M, K) experts; returns the (M, D) weighted sum."""
-        device = x.device.type
-        if torch.is_autocast_enabled(device):  # autocast does not reach inside custom ops
+        device, dtype = x.device.type, self.down_proj.dtype
+        if torch.is_autocast_enabled(device):  # which does not reach inside custom ops
             dtype = torch.get_autocast_dtype(device)
-        else:
-            dtype = self.down_proj.dtype
         return swiglu_experts(
-            x.to(dtype),
-            self.gate_up_proj.to(dtype),
-            self.down_proj.to(dtype),
-            expert_indices,
-            expert_weights,
+            x.to(dtype), self.gate_up_proj, self.down_proj, expert_indices, expert_weights
         )
 
 

@@ -1,13 +1,15 @@
-"""How tokens meet stacked expert weights: sort by expert, grouped matmul, un-sort and combine.
+"""How tokens meet stacked expert weights: sort by expert, matmul by expert, un-sort and combine.
 
-In order: `sort_by_expert` (the plan of one dispatch), `grouped_linear` (one matmul per expert over
-sorted rows, the only place that knows which kernel runs where), `dispatch` / `combine` (moving rows
-there and back without atomics), and `swiglu_experts`, the whole routed layer.
+In order: `sort_by_expert` (the plan of one dispatch), the CPU path (a loop over the experts'
+segments, fused by hand), the GPU path (grouped matmuls and gathers), and `swiglu_experts`, the
+whole routed layer and the only place that chooses between the two.
 
 Shapes: M tokens, K experts per token, R = M*K routed rows, E experts, D hidden, F expert hidden.
-Nothing here reads a tensor's value on the host on a GPU, and every shape is static.
+Nothing here reads a tensor's value on the host on a GPU, every shape is static, and no sum depends
+on the order of atomics: equal input gives equal bits.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -29,9 +31,6 @@ def sort_by_expert(expert_indices: Tensor, num_experts: int) -> DispatchPlan:
     Args:
         expert_indices: (M, K) int64, in [0, E).
         num_experts: E.
-
-    Returns:
-        The plan; equal input gives equal bits, on every device.
     """
     sorted_experts, order = expert_indices.flatten().sort(stable=True)
     rows = torch.arange(order.numel(), device=order.device)
@@ -41,12 +40,158 @@ def sort_by_expert(expert_indices: Tensor, num_experts: int) -> DispatchPlan:
     return DispatchPlan(order, inverse, offsets)
 
 
+def sum_rows(rows: Tensor, inverse: Tensor, k: int) -> Tensor:
+    """Add up each token's K sorted rows by a gather: (R, D) -> (M, D)."""
+    return rows.index_select(0, inverse).view(-1, k, rows.shape[-1]).sum(dim=1)
+
+
+# ------------------------------------------------------------------------------ CPU path
+
+
+def _segments(offsets: Tensor) -> Iterator[tuple[int, int, int]]:
+    """Yield (expert, start, end) of every expert that has rows."""
+    start = 0
+    for expert, end in enumerate(offsets.tolist()):
+        if end > start:
+            yield expert, start, end
+        start = end
+
+
+@torch.library.custom_op("dit_moe::swiglu_segments", mutates_args=())
+def swiglu_segments(
+    x: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    expert_weights: Tensor,
+    order: Tensor,
+    inverse: Tensor,
+    offsets: Tensor,
+    keep_hidden: bool,
+) -> tuple[Tensor, Tensor]:
+    """Run each expert over its segment of rows, one after the other.
+
+    Scratch memory is one segment, so it stays in cache from matmul to matmul, and weights are cast
+    to x's dtype an expert at a time. A custom op, so that `torch.compile` sees one node.
+
+    Args:
+        x: (M, D) tokens.
+        gate_up_proj: (E, 2F, D) and down_proj: (E, D, F), in any dtype.
+        expert_weights: (M, K), x's dtype.
+        order, inverse, offsets: the `DispatchPlan`.
+        keep_hidden: whether there will be a backward, which needs the hidden rows.
+
+    Returns:
+        (M, D) output, and the sorted gate and up rows (2, R, F), or (2, 0, F).
+    """
+    k, width = expert_weights.shape[1], down_proj.shape[2]
+    row_tokens, row_weights = order // k, expert_weights.flatten().index_select(0, order)[:, None]
+    out_rows = x.new_empty(len(order), x.shape[1])
+    hidden = x.new_empty(2, len(order) if keep_hidden else 0, width)
+    for expert, start, end in _segments(offsets):
+        rows = x.index_select(0, row_tokens[start:end])
+        gate_weight, up_weight = gate_up_proj[expert].to(x.dtype).chunk(2)
+        if keep_hidden:
+            gate, up = hidden[:, start:end]
+            torch.mm(rows, gate_weight.t(), out=gate)
+            torch.mm(rows, up_weight.t(), out=up)
+            activation = F.silu(gate)
+        else:
+            activation, up = F.silu(rows @ gate_weight.t(), inplace=True), rows @ up_weight.t()
+        activation.mul_(up).mul_(row_weights[start:end])
+        torch.mm(activation, down_proj[expert].to(x.dtype).t(), out=out_rows[start:end])
+    return sum_rows(out_rows, inverse, k), hidden
+
+
+@swiglu_segments.register_fake
+def _(x, gate_up_proj, down_proj, expert_weights, order, inverse, offsets, keep_hidden):
+    num_rows = order.shape[0] if keep_hidden else 0
+    return torch.empty_like(x), x.new_empty(2, num_rows, down_proj.shape[2])
+
+
+@torch.library.custom_op("dit_moe::swiglu_segments_backward", mutates_args=())
+def swiglu_segments_backward(
+    grad: Tensor,
+    x: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    expert_weights: Tensor,
+    order: Tensor,
+    inverse: Tensor,
+    offsets: Tensor,
+    hidden: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Differentiate `swiglu_segments`; activations are recomputed from the hidden rows.
+
+    Args:
+        grad: (M, D), gradient of the output; the rest as in the forward.
+
+    Returns:
+        Gradients of x, gate_up_proj, down_proj and expert_weights, in their shapes and dtypes.
+    """
+    k, width = expert_weights.shape[1], down_proj.shape[2]
+    row_tokens, row_weights = order // k, expert_weights.flatten().index_select(0, order)[:, None]
+    grad_rows = x.new_empty(len(order), x.shape[1])
+    grad_row_weights = torch.empty_like(row_weights)
+    grad_gate_up, grad_down = torch.empty_like(gate_up_proj), torch.empty_like(down_proj)
+    for expert, start, end in _segments(offsets):
+        tokens = row_tokens[start:end]
+        rows, grad_out = x.index_select(0, tokens), grad.index_select(0, tokens)
+        gate, up = hidden[:, start:end]
+        silu = F.silu(gate)
+        activation = silu * up
+        grad_activation = grad_out @ down_proj[expert].to(x.dtype)  # without the row's weight
+        # <grad, weight * down(activation)> by linearity, without keeping the expert's output
+        torch.sum(grad_activation * activation, 1, True, out=grad_row_weights[start:end])
+        _matmul_into(grad_down[expert], grad_out.t(), activation.mul_(row_weights[start:end]))
+        grad_activation.mul_(row_weights[start:end])
+        grad_up = silu.mul_(grad_activation)
+        grad_gate = torch.ops.aten.silu_backward(grad_activation.mul_(up), gate)
+        gate_weight, up_weight = gate_up_proj[expert].to(x.dtype).chunk(2)
+        torch.mm(grad_gate, gate_weight, out=grad_rows[start:end])
+        grad_rows[start:end].addmm_(grad_up, up_weight)
+        _matmul_into(grad_gate_up[expert, :width], grad_gate.t(), rows)
+        _matmul_into(grad_gate_up[expert, width:], grad_up.t(), rows)
+    empty = torch.diff(offsets, prepend=offsets.new_zeros(1)) == 0
+    grad_gate_up[empty], grad_down[empty] = 0, 0
+    grad_weights = grad_row_weights.index_select(0, inverse).view_as(expert_weights)
+    return sum_rows(grad_rows, inverse, k), grad_gate_up, grad_down, grad_weights
+
+
+def _matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """Write a @ b into `out`, through a scratch matrix if `out` has another dtype."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a @ b)
+
+
+@swiglu_segments_backward.register_fake
+def _(grad, x, gate_up_proj, down_proj, expert_weights, order, inverse, offsets, hidden):
+    return tuple(torch.empty_like(of) for of in (x, gate_up_proj, down_proj, expert_weights))
+
+
+def _segments_setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:-1], output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _segments_backward(ctx, grad: Tensor, _grad_hidden: None):
+    grads = swiglu_segments_backward(grad.contiguous(), *ctx.saved_tensors)
+    return (*grads, None, None, None, None)
+
+
+swiglu_segments.register_autograd(_segments_backward, setup_context=_segments_setup)
+
+
+# ------------------------------------------------------------------------------ GPU path
+
+
 @torch.library.custom_op("dit_moe::grouped_linear", mutates_args=())
 def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Multiply each expert's segment of rows by that expert's matrix: rows_e @ weight_e.T.
 
-    On a GPU this is torch's grouped matmul; on a CPU a loop over segments written into one output,
-    which is faster there. A custom op, because `grouped_mm` compiles in bfloat16 only.
+    torch's grouped matmul: on CUDA a native kernel in bfloat16, its own fallback in other dtypes.
+    A custom op, because bare `grouped_mm` compiles in bfloat16 only.
 
     Args:
         rows: (R, I) sorted by expert.
@@ -56,15 +201,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     Returns:
         (R, O), contiguous.
     """
-    if rows.is_cuda:
-        return F.grouped_mm(rows, weight.transpose(-2, -1), offs=offsets)
-    out = rows.new_empty(rows.shape[0], weight.shape[1])
-    start = 0
-    for expert, end in enumerate(offsets.tolist()):
-        if end > start:
-            torch.mm(rows[start:end], weight[expert].t(), out=out[start:end])
-        start = end
-    return out
+    return F.grouped_mm(rows, weight.transpose(-2, -1), offs=offsets)
 
 
 @grouped_linear.register_fake
@@ -83,14 +220,7 @@ def grouped_outer(grad: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
     Returns:
         (E, O, I); zero for an expert without rows.
     """
-    if rows.is_cuda:
-        return F.grouped_mm(grad.t(), rows, offs=offsets)
-    out = rows.new_empty(offsets.shape[0], grad.shape[1], rows.shape[1])
-    start = 0
-    for expert, end in enumerate(offsets.tolist()):
-        torch.mm(grad[start:end].t(), rows[start:end], out=out[expert])  # zeros when empty
-        start = end
-    return out
+    return F.grouped_mm(grad.t(), rows, offs=offsets)
 
 
 @grouped_outer.register_fake
@@ -116,16 +246,15 @@ class _Dispatch(torch.autograd.Function):
     """Copy tokens to sorted rows; the gradient gathers K rows per token instead of scattering."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
         ctx.save_for_backward(inverse)
-        ctx.num_tokens = x.shape[0]
-        return x.index_select(0, order // (order.numel() // x.shape[0]))
+        ctx.k = k
+        return x.index_select(0, order // k)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         (inverse,) = ctx.saved_tensors
-        grad = grad.index_select(0, inverse)
-        return grad.view(ctx.num_tokens, -1, grad.shape[-1]).sum(dim=1), None, None
+        return sum_rows(grad, inverse, ctx.k), None, None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -135,12 +264,31 @@ class _Combine(torch.autograd.Function):
     def forward(ctx, rows: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
         ctx.save_for_backward(order)
         ctx.k = k
-        return rows.index_select(0, inverse).view(-1, k, rows.shape[-1]).sum(dim=1)
+        return sum_rows(rows, inverse, k)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         (order,) = ctx.saved_tensors
         return grad.index_select(0, order // ctx.k), None, None, None
+
+
+def swiglu_grouped(
+    x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, expert_weights: Tensor, plan: DispatchPlan
+) -> Tensor:
+    """Run all experts at once: two grouped matmuls between a gather there and a gather back.
+
+    Args: as `swiglu_segments`, weights in x's dtype. Returns: (M, D).
+    """
+    k = expert_weights.shape[1]
+    rows = _Dispatch.apply(x, plan.order, plan.inverse, k)  # (R, D)
+    gate, up = grouped_linear(rows, gate_up_proj, plan.offsets).chunk(2, dim=-1)  # (R, F) each
+    row_weights = expert_weights.flatten().index_select(0, plan.order)[:, None]
+    hidden = F.silu(gate) * up * row_weights
+    out_rows = grouped_linear(hidden, down_proj, plan.offsets)  # (R, D)
+    return _Combine.apply(out_rows, plan.order, plan.inverse, k)
+
+
+# ------------------------------------------------------------------------------ the layer
 
 
 def swiglu_experts(
@@ -153,11 +301,11 @@ def swiglu_experts(
     """Send every token through its K experts and sum the weighted outputs, dropping none.
 
     Args:
-        x: (M, D) tokens.
-        gate_up_proj: (E, 2F, D), gate rows above up rows.
-        down_proj: (E, D, F).
+        x: (M, D) tokens; its dtype is the one computed in.
+        gate_up_proj: (E, 2F, D), gate rows above up rows, in any dtype.
+        down_proj: (E, D, F), in any dtype.
         expert_indices: (M, K) int64, in [0, E).
-        expert_weights: (M, K).
+        expert_weights: (M, K), in any dtype.
 
     Returns:
         (M, D): sum_k weight_k * down(silu(gate(x)) * up(x)) of expert k. The weight multiplies the
@@ -166,9 +314,9 @@ def swiglu_experts(
     Source: arXiv:2407.11633, sec. 2.2; SwiGLU: arXiv:2002.05202.
     """
     plan = sort_by_expert(expert_indices, gate_up_proj.shape[0])
-    rows = _Dispatch.apply(x, plan.order, plan.inverse)  # (R, D)
-    gate, up = grouped_linear(rows, gate_up_proj, plan.offsets).chunk(2, dim=-1)  # (R, F) each
-    weights = expert_weights.to(x.dtype).flatten().index_select(0, plan.order)
-    hidden = F.silu(gate) * up * weights[:, None]
-    rows = grouped_linear(hidden, down_proj, plan.offsets)  # (R, D)
-    return _Combine.apply(rows, plan.order, plan.inverse, expert_indices.shape[1])
+    expert_weights = expert_weights.to(x.dtype)
+    if x.device.type == "cpu":
+        keep_hidden = torch.is_grad_enabled() and (x.requires_grad or down_proj.requires_grad)
+        return swiglu_segments(x, gate_up_proj, down_proj, expert_weights, *plan, keep_hidden)[0]
+    gate_up_proj, down_proj = gate_up_proj.to(x.dtype), down_proj.to(x.dtype)
+    return swiglu_grouped(x, gate_up_proj, down_proj, expert_weights, plan)

@@ -196,4 +196,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(build_parser(__doc__ or "").parse_args())
+    main(build_parser(__doc__).parse_args())

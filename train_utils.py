@@ -23,6 +23,7 @@ import runtime
 from checkpoint import atomic_write, latest_checkpoint, load_model
 from data import VAE, FolderImages, ImageDataset, Pixels, load_dataset, load_vae, save_grid
 from diffusion import Diffusion, create_diffusion
+from flags import FlagParser, flag, number
 from models import DiT, DiT_models
 from routing import LoadCounter, dead_experts, load_entropy, max_violation
 from runtime import Runtime
@@ -33,91 +34,61 @@ GRID_COLUMNS, GRID_ROWS = 10, 6
 # ------------------------------------------------------------------------------ flags
 
 
-def parse_bool(text: str) -> bool:
-    """Read True/False as a flag's value, for `--rf True` as published as well as `--rf`."""
-    choices = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if text.lower() not in choices:
-        raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
-    return choices[text.lower()]
-
-
-def number(kind: type, low: float, high: float = math.inf) -> Any:
-    """Return an argparse type that accepts `kind` in [low, high] only."""
-
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
-def build_parser(description: str) -> argparse.ArgumentParser:
+def build_parser(docstring: str | None) -> FlagParser:
     """Return the parser of the flags that both trainers share."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-
-    def add(group: Any, name: str, *aliases: str, **options: Any) -> None:
-        snake = "--" + name[2:].replace("-", "_")
-        spellings = dict.fromkeys((name, snake, *aliases))  # published spellings work too
-        group.add_argument(*spellings, dest=snake[2:], **options)
-
-    flag = {"type": parse_bool, "nargs": "?", "const": True, "metavar": "BOOL"}
+    parser = FlagParser(docstring)
     count, share = number(int, 1), number(float, 0, 1)
 
-    data = parser.add_argument_group("Data")
-    add(data, "--data-path", required=True, help="image folder, 'digits' or 'fashion-mnist'")
-    add(data, "--image-size", type=count, help="pixels; default 256, or the embedded data's own")
-    add(data, "--fashion-mnist-root", help="folder of the idx files; default: Debian's, ./data")
-    add(data, "--flip", default=None, **flag, help="mirror at random; default: only image folders")
-    add(data, "--vae-path", help="folder or hub id; 'none' = pixels, the embedded data's default")
-    add(data, "--num-workers", type=number(int, 0), help="loaders per rank; default 4 for folders")
+    data = parser.group("Data")
+    data.add("--data-path", required=True, help="image folder, 'digits' or 'fashion-mnist'")
+    data.add("--image-size", type=count, help="pixels; default 256, or the embedded data's own")
+    data.add("--fashion-mnist-root", help="folder of the idx files; default: Debian's, ./data")
+    data.add("--flip", default=None, **flag, help="mirror at random; default: only image folders")
+    data.add("--vae-path", help="folder or hub id; 'none' = pixels, the embedded data's default")
+    data.add("--num-workers", type=number(int, 0), help="loaders per rank; default 4 for folders")
 
-    model = parser.add_argument_group("Model")
-    add(model, "--model", choices=list(DiT_models), default="DiT-XL/2", help="size/patch")
-    add(model, "--num-classes", type=count, help="default: the data's own number")
-    add(model, "--class-dropout-prob", type=share, default=0.1, help="labels dropped for CFG")
-    add(model, "--qk-norm", default=None, **flag, help="normalise q and k; default: by size")
-    add(model, "--flash-attn", default=False, **flag, help="use the flash-attn package (CUDA)")
-    add(model, "--init-from", help="checkpoint whose (EMA) weights a fresh run starts from")
+    model = parser.group("Model")
+    model.add("--model", choices=list(DiT_models), default="DiT-XL/2", help="size/patch")
+    model.add("--num-classes", type=count, help="default: the data's own number")
+    model.add("--class-dropout-prob", type=share, default=0.1, help="labels dropped for CFG")
+    model.add("--qk-norm", default=None, **flag, help="normalise q and k; default: by size")
+    model.add("--flash-attn", default=False, **flag, help="use the flash-attn package (CUDA)")
+    model.add("--init-from", help="checkpoint whose (EMA) weights a fresh run starts from")
 
-    moe = parser.add_argument_group("MoE")
-    add(moe, "--num-experts", type=number(int, 0), help="routed; default: by size; 0 = dense")
-    add(moe, "--num-experts-per-tok", type=count, help="K, experts each token uses")
-    add(moe, "--num-shared-experts", type=number(int, 0), help="width of the shared expert / D")
-    add(moe, "--mlp-ratio", type=number(float, 0.01), help="hidden width of an expert / D")
-    add(moe, "--aux-loss-weight", type=number(float, 0), default=0.005, help="per layer, paper's")
+    moe = parser.group("MoE")
+    moe.add("--num-experts", type=number(int, 0), help="routed; default: by size; 0 = dense")
+    moe.add("--num-experts-per-tok", type=count, help="K, experts each token uses")
+    moe.add("--num-shared-experts", type=number(int, 0), help="width of the shared expert / D")
+    moe.add("--mlp-ratio", type=number(float, 0.01), help="hidden width of an expert / D")
+    moe.add("--aux-loss-weight", type=number(float, 0), default=0.005, help="per layer, paper's")
 
-    train = parser.add_argument_group("Optimization")
-    add(train, "--rf", default=False, **flag, help="rectified flow instead of DDPM")
-    add(train, "--global-batch-size", "--train_batch_size", type=count, default=256, help="images")
-    add(train, "--micro-batch-size", type=count, help="images per rank and pass; default: all")
-    add(train, "--accum-steps", "--accum_iter", type=count, help="passes a step; default: by sizes")
-    add(train, "--lr", type=number(float, 0), default=1e-4, help="AdamW, constant after warm-up")
-    add(train, "--warmup-steps", type=number(int, 0), default=0, help="steps of linear warm-up")
-    add(train, "--weight-decay", type=number(float, 0), default=0.0, help="AdamW, decoupled")
-    add(train, "--clip-grad", type=number(float, 0), default=1.0, help="norm; 0 = off")
-    add(train, "--ema-decay", type=share, default=0.9999, help="per step")
-    add(train, "--precision", choices=("bf16", "fp16", "fp32"), help="default: bf16 if native")
-    add(train, "--grad-checkpointing", default=False, **flag, help="recompute blocks, save memory")
-    add(train, "--compile", default=False, **flag, help="torch.compile every block")
+    train = parser.group("Optimization")
+    train.add("--rf", default=False, **flag, help="rectified flow instead of DDPM")
+    train.add("--global-batch-size", "--train_batch_size", type=count, default=256, help="images")
+    train.add("--micro-batch-size", type=count, help="images per rank and pass; default: all")
+    train.add("--accum-steps", "--accum_iter", type=count, help="passes a step; default: by sizes")
+    train.add("--lr", type=number(float, 0), default=1e-4, help="AdamW, constant after warm-up")
+    train.add("--warmup-steps", type=number(int, 0), default=0, help="steps of linear warm-up")
+    train.add("--weight-decay", type=number(float, 0), default=0.0, help="AdamW, decoupled")
+    train.add("--clip-grad", type=number(float, 0), default=1.0, help="norm; 0 = off")
+    train.add("--ema-decay", type=share, default=0.9999, help="per step")
+    train.add("--precision", choices=("bf16", "fp16", "fp32"), help="default: bf16 if native")
+    train.add("--grad-checkpointing", default=False, **flag, help="recompute blocks, save memory")
+    train.add("--compile", default=False, **flag, help="torch.compile every block")
 
-    run = parser.add_argument_group("Run")
-    add(run, "--results-dir", default="results", help="folder of all runs")
-    add(run, "--run-name", help="folder of this run; default: from model, objective and data")
-    add(run, "--resume", default="auto", help="'auto' = this run's last, 'never', or a file")
-    add(run, "--epochs", type=count, default=1400, help="passes over the data")
-    add(run, "--max-steps", type=count, help="optimizer steps; ends earlier than --epochs")
-    add(run, "--seed", "--global-seed", "--global_seed", type=int, default=0, help="of all draws")
-    add(run, "--log-every", type=count, default=100, help="steps")
-    add(run, "--ckpt-every", type=count, default=5000, help="steps; the last step is saved too")
-    add(run, "--keep-last", type=number(int, 0), default=3, help="checkpoints kept; 0 = all")
-    add(run, "--sample-every", type=number(int, 0), default=5000, help="steps; 0 = no grids")
-    add(run, "--sample-cfg-scale", type=number(float, 0), default=1.5, help="of the grids")
-    add(run, "--dry-run", default=False, **flag, help="print settings and parameters, then stop")
+    run = parser.group("Run")
+    run.add("--results-dir", default="results", help="folder of all runs")
+    run.add("--run-name", help="folder of this run; default: from model, objective and data")
+    run.add("--resume", default="auto", help="'auto' = this run's last, 'never', or a file")
+    run.add("--epochs", type=count, default=1400, help="passes over the data")
+    run.add("--max-steps", type=count, help="optimizer steps; ends earlier than --epochs")
+    run.add("--seed", "--global-seed", "--global_seed", type=int, default=0, help="of all draws")
+    run.add("--log-every", type=count, default=100, help="steps")
+    run.add("--ckpt-every", type=count, default=5000, help="steps; the last step is saved too")
+    run.add("--keep-last", type=number(int, 0), default=3, help="checkpoints kept; 0 = all")
+    run.add("--sample-every", type=number(int, 0), default=5000, help="steps; 0 = no grids")
+    run.add("--sample-cfg-scale", type=number(float, 0), default=1.5, help="of the grids")
+    run.add("--dry-run", default=False, **flag, help="print settings and parameters, then stop")
     return parser
 
 
