@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Lint, types and tests; `--slow` adds the tests that take minutes. Other arguments go to pytest.
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+if [ "${1:-}" = "--slow" ]; then
+  shift
+  set -- -m "slow or not slow" "$@"
+fi
+ruff format --check .
+ruff check .
+mypy
+for script in scripts/*.sh .ci/run; do bash -n "$script"; done
+OMP_NUM_THREADS=1 python -m pytest "$@"
