@@ -6,14 +6,10 @@
 Running the same command again continues where the run stopped, bit for bit.
 """
 
-import argparse
 import contextlib
 import logging
-import sys
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +18,10 @@ from torch.nn.utils import clip_grad_norm_
 
 import runtime
 from checkpoint import checkpoint_path, load_checkpoint, prune_checkpoints, save_checkpoint
-from data import make_loader
-from train_utils import Ema, Job, Reporter, build_parser, describe, draw_grid, find_resume, prepare
+from train_utils import Batch, Ema, Job, build_parser, draw_grid, launch, learning_rate
 
 
-class Trainer:
+class DdpTrainer:
     """The model with its optimizer, loss scaler and EMA: one step forward, saved and restored."""
 
     def __init__(self, job: Job) -> None:
@@ -53,7 +48,7 @@ class Trainer:
                 gradient_as_bucket_view=True,
             )
 
-    def train_step(self, batches: Iterable[tuple[Tensor, Tensor, dict[str, Any]]]) -> dict:
+    def train_step(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
         """Make one optimizer step from `accum_steps` micro-batches.
 
         Args:
@@ -77,9 +72,8 @@ class Trainer:
             aux_losses.append(out.aux_loss.detach() / self.model.config.depth)
         self.scaler.unscale_(self.optimizer)
         grad_norm = clip_grad_norm_(self.parameters, self.args.clip_grad or float("inf"))
-        lr = self.learning_rate()
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = learning_rate(self.args, self.step)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -90,10 +84,6 @@ class Trainer:
             "aux_loss": torch.stack(aux_losses).mean(),
             "grad_norm": grad_norm,
         }
-
-    def learning_rate(self) -> float:
-        """Return the rate of the next step: linear warm-up, then constant."""
-        return self.args.lr * min(1.0, (self.step + 1) / max(self.args.warmup_steps, 1))
 
     def save(self) -> None:
         """Write the checkpoint of this step, with every rank's RNG, then drop the oldest ones."""
@@ -144,56 +134,12 @@ class Trainer:
             torch.manual_seed(self.args.seed + 1 + self.rt.rank + 1000 * self.step)
         logging.info("resumed %s at step %d", path, self.step)
 
-
-def latent_batches(job: Job, start_step: int) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
-    """Yield this rank's endless micro-batches as (latents, labels, {}), from `start_step` on."""
-    loader = make_loader(
-        job.dataset,
-        micro_batch_size=job.args.micro_batch_size,
-        accum_steps=job.args.accum_steps,
-        rank=job.rt.rank,
-        world_size=job.rt.world_size,
-        seed=job.args.seed,
-        start_step=start_step,
-        num_workers=job.args.num_workers,
-        pin_memory=job.rt.device.type == "cuda",
-    )
-    for images, labels in loader:
-        images = images.to(job.rt.device, non_blocking=True)
-        yield job.vae.encode(images), labels.to(job.rt.device, non_blocking=True), {}
-
-
-def main(args: argparse.Namespace) -> None:
-    """Train until `--max-steps`."""
-    try:
-        job = prepare(args)
-        if args.dry_run:
-            print(describe(job))
-            return
-        checkpoint = find_resume(args, job.run_dir)
-        trainer = Trainer(job)
-        if checkpoint:
-            trainer.resume(checkpoint)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"train.py: error: {error}")
-
-    reporter = Reporter(job, trainer.step)
-    batches = latent_batches(job, trainer.step)
-    while trainer.step < args.max_steps:
-        reporter.add(**trainer.train_step(islice(batches, args.accum_steps)))
-        step, last = trainer.step, trainer.step == args.max_steps
-        if step % args.log_every == 0 or last:
-            reporter.log(step, trainer.learning_rate())
-        if step % args.ckpt_every == 0 or last:
-            trainer.save()
-        if args.sample_every and (step % args.sample_every == 0 or last):
-            if job.rt.is_main:
-                draw_grid(trainer.ema.model, job, step)
-            runtime.barrier()
-    reporter.close()
-    logging.info("done: %s is at step %d", job.run_dir, trainer.step)
-    runtime.finish()
+    def draw(self) -> None:
+        """Draw the sample grid of this step on the main process, while the others wait."""
+        if self.rt.is_main:
+            draw_grid(self.ema.model, self.job, self.step)
+        runtime.barrier()
 
 
 if __name__ == "__main__":
-    main(build_parser(__doc__).parse_args())
+    launch(build_parser(__doc__).parse_args(), DdpTrainer)

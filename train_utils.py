@@ -1,7 +1,8 @@
 """What both trainers need and nobody else: flags, the run folder, logging, EMA, sample grids.
 
 In the order a run uses them: `build_parser`, `prepare` (flags to a `Job`: data, objective, model),
-`find_resume`, `Ema`, and `Reporter` (progress bar, curves, grids).
+`find_resume`, `Ema`, `Reporter` (progress bar, curves), `draw_grid`, and the loop itself, `launch`
+and `fit`, around the `Trainer` that each script brings.
 """
 
 import argparse
@@ -10,9 +11,12 @@ import json
 import logging
 import math
 import re
+import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +25,16 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 import runtime
 from checkpoint import atomic_write, latest_checkpoint, load_model
-from data import VAE, FolderImages, ImageDataset, Pixels, load_dataset, load_vae, save_grid
+from data import (
+    VAE,
+    FolderImages,
+    ImageDataset,
+    Pixels,
+    load_dataset,
+    load_vae,
+    make_loader,
+    save_grid,
+)
 from diffusion import Diffusion, create_diffusion
 from flags import FlagParser, flag, number
 from models import DiT, DiT_models
@@ -173,7 +186,8 @@ def prepare(args: argparse.Namespace) -> Job:
     resolve_settings(args, rt, dataset)
     vae = load_vae(args.vae_path, device=rt.device)
     torch.manual_seed(args.seed)  # the same initial weights on every rank
-    model = build_model(args, vae.channels or dataset.channels, vae.downsample)
+    with torch.device("meta" if args.dry_run else "cpu"):
+        model = build_model(args, vae.channels or dataset.channels, vae.downsample)
     torch.manual_seed(args.seed + 1 + rt.rank)  # other noise, times and label drops on each
     diffusion = create_diffusion(args.objective, learn_sigma=model.config.learn_sigma)
     run_dir = Path(args.results_dir) / (args.run_name or default_run_name(args))
@@ -200,7 +214,7 @@ def build_model(args: argparse.Namespace, latent_channels: int, downsample: int)
     model.grad_checkpointing = args.grad_checkpointing
     if args.flash_attn:
         model.use_flash_attn()
-    if args.init_from:
+    if args.init_from and not args.dry_run:
         source = load_model(args.init_from)
         try:
             model.load_state_dict(source.state_dict())
@@ -291,7 +305,7 @@ class Reporter:
             desc="train",
             unit="step",
             disable=not self.rt.is_main,
-            mininterval=1.0,
+            mininterval=1.0 if sys.stderr.isatty() else 30.0,  # seconds; a log file needs fewer
         )
         self._redirect = logging_redirect_tqdm()
         self._redirect.__enter__()
@@ -399,3 +413,85 @@ def draw_grid(model: nn.Module, job: Job, step: int) -> Path:
     save_grid(job.vae.decode(latents), path, columns=columns)
     logging.info("samples: %s", path)
     return path
+
+
+# ------------------------------------------------------------------------------ the loop
+
+Batch = tuple[Tensor, Tensor, dict[str, Any]]  # latents, labels, more arguments of training_loss
+
+
+class Trainer(Protocol):
+    """What a script supplies: the wrapped model and who owns its updates and checkpoints."""
+
+    job: Job
+    step: int  # optimizer steps done
+
+    def train_step(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
+        """Make one optimizer step from `accum_steps` micro-batches; returns () values to log."""
+
+    def save(self) -> None:
+        """Write a checkpoint of this step; called on every rank."""
+
+    def resume(self, path: Path) -> None:
+        """Continue from a checkpoint."""
+
+    def draw(self) -> None:
+        """Draw the sample grid of this step; called on every rank."""
+
+
+def learning_rate(args: argparse.Namespace, step: int) -> float:
+    """Return the rate of the step after `step`: linear warm-up, then constant."""
+    return args.lr * min(1.0, (step + 1) / max(args.warmup_steps, 1))
+
+
+def latent_batches(job: Job, start_step: int) -> Iterator[Batch]:
+    """Yield this rank's endless micro-batches, from optimizer step `start_step` on."""
+    loader = make_loader(
+        job.dataset,
+        micro_batch_size=job.args.micro_batch_size,
+        accum_steps=job.args.accum_steps,
+        rank=job.rt.rank,
+        world_size=job.rt.world_size,
+        seed=job.args.seed,
+        start_step=start_step,
+        num_workers=job.args.num_workers,
+        pin_memory=job.rt.device.type == "cuda",
+    )
+    for images, labels in loader:
+        images = images.to(job.rt.device, non_blocking=True)
+        yield job.vae.encode(images), labels.to(job.rt.device, non_blocking=True), {}
+
+
+def launch(args: argparse.Namespace, make_trainer: Callable[[Job], Trainer]) -> None:
+    """Run a training script: build everything, resume, train until `--max-steps`."""
+    try:
+        job = prepare(args)
+        if args.dry_run:
+            print(describe(job))
+            return
+        checkpoint = find_resume(args, job.run_dir)
+        trainer = make_trainer(job)
+        if checkpoint:
+            trainer.resume(checkpoint)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+    fit(trainer)
+    runtime.finish()
+
+
+def fit(trainer: Trainer) -> None:
+    """Train from the trainer's step to `--max-steps`, logging, saving and drawing on the way."""
+    job, args = trainer.job, trainer.job.args
+    reporter = Reporter(job, trainer.step)
+    batches = latent_batches(job, trainer.step)
+    while trainer.step < args.max_steps:
+        reporter.add(**trainer.train_step(islice(batches, args.accum_steps)))
+        step, last = trainer.step, trainer.step == args.max_steps
+        if step % args.log_every == 0 or last:
+            reporter.log(step, learning_rate(args, step))
+        if step % args.ckpt_every == 0 or last:
+            trainer.save()
+        if args.sample_every and (step % args.sample_every == 0 or last):
+            trainer.draw()
+    reporter.close()
+    logging.info("done: %s is at step %d", job.run_dir, trainer.step)

@@ -1,0 +1,485 @@
+"""The network against facts known on paper, the published sizes and the published tensors."""
+
+import dataclasses
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from checkpoint import load_model
+from models import (
+    PATCH_SIZES,
+    Attention,
+    DiT,
+    DiT_models,
+    DiTBlock,
+    DiTConfig,
+    LabelEmbedder,
+    MoE,
+    Routing,
+    SwiGLU,
+    TopKRouter,
+    load_balancing_loss,
+    sincos_pos_embed,
+    timestep_embedding,
+)
+
+GOLDEN = Path(__file__).parent / "golden"
+TINY = DiTConfig(
+    input_size=8, hidden_size=32, depth=2, num_heads=2, num_classes=10, num_experts=4, qk_norm=True
+)
+WITHOUT_QK_NORM = dataclasses.replace(TINY, qk_norm=False)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def randomize(module: Any, std: float = 0.1) -> Any:
+    """Replace every parameter by noise: at the published start adaLN-Zero hides most of them."""
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=std)
+    return module
+
+
+def tiny_model(config: DiTConfig = TINY) -> DiT:
+    return randomize(DiT(config))
+
+
+def tiny_inputs(num_images: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    y = torch.arange(num_images)
+    return randn(num_images, 4, 8, 8), torch.linspace(0.1, 0.9, num_images), y
+
+
+def training_gradients(model: DiT) -> dict[str, Tensor]:
+    """Return the gradients of a loss that every prediction and every balance loss is part of."""
+    x, t, y = tiny_inputs()
+    model.train().zero_grad()
+    prediction, aux_loss = model(x, t, y, torch.tensor([False, True, False]))
+    (prediction.float().square().mean() + aux_loss).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.float() - expected).norm() / expected.norm()).item()
+
+
+# -- config
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"depth": 0}, "depth=0 must be at least 1"),
+        ({"num_classes": -1}, "num_classes=-1 must be at least 1"),
+        ({"input_size": 9, "patch_size": 2}, "input_size=9 is not a multiple of patch_size=2"),
+        ({"hidden_size": 40, "num_heads": 6}, r"hidden_size=40 must be .*num_heads=6"),
+        ({"hidden_size": 6, "num_heads": 2}, "hidden_size=6 must be a multiple of 4"),
+        ({"class_dropout_prob": 1.5}, r"class_dropout_prob=1.5 must be in \[0, 1\)"),
+        ({"num_experts": -8}, "num_experts=-8 must be 0"),
+        ({"num_experts": 2, "num_experts_per_tok": 3}, r"num_experts_per_tok=3 .*num_experts=2\]"),
+        ({"num_shared_experts": -1}, "num_shared_experts=-1 must be at least 0"),
+        ({"num_experts": 0, "mlp_type": "relu"}, "mlp_type='relu' must be 'swiglu' or 'gelu'"),
+        ({"mlp_type": "gelu"}, "mlp_type='gelu' needs num_experts=0"),
+    ],
+)
+def test_config_errors_name_the_field_and_its_value(fields: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        DiTConfig(**fields)
+
+
+def test_config_survives_a_dict_and_refuses_unknown_fields():
+    assert DiTConfig.from_dict(TINY.to_dict()) == TINY
+    with pytest.raises(ValueError, match=r"unknown DiTConfig fields \['gate'\]"):
+        DiTConfig.from_dict({**TINY.to_dict(), "gate": 1})
+
+
+# -- embedders
+
+
+def test_timestep_embedding_has_cosines_then_sines_of_geometric_frequencies():
+    embedding = timestep_embedding(torch.tensor([0.0, 3.0]), dim=4, max_period=100.0)
+    expected = [math.cos(3), math.cos(0.3), math.sin(3), math.sin(0.3)]
+    torch.testing.assert_close(embedding, torch.tensor([[1.0, 1.0, 0.0, 0.0], expected]))
+
+
+def test_position_table_holds_the_column_in_its_first_half_and_the_row_in_its_second():
+    table = sincos_pos_embed(3, 16).view(3, 3, 16)  # (row, column, D)
+    column, row = table.chunk(2, dim=-1)
+    assert torch.equal(column[0], column[2]) and torch.equal(row[:, 0], row[:, 2])
+    torch.testing.assert_close(column[0], row[:, 0])
+    torch.testing.assert_close(column[0, 2, [0, 4]], torch.tensor([math.sin(2), math.cos(2)]))
+
+
+def test_labels_are_dropped_at_the_configured_rate_in_training_only():
+    embedder, y = LabelEmbedder(10, 1, dropout_prob=0.1), torch.full((20_000,), 3)
+    torch.manual_seed(0)
+    nn.init.zeros_(embedder.embedding_table.weight)
+    nn.init.ones_(embedder.embedding_table.weight[embedder.null_label].detach())
+    assert embedder.train()(y).mean().item() == pytest.approx(0.1, abs=0.01)
+    assert embedder.eval()(y).count_nonzero() == 0
+
+
+def test_dropped_labels_are_null_labels():
+    model, (x, t, y) = tiny_model().train(), tiny_inputs()
+    dropped = model(x, t, y, torch.tensor([False, True, False]))[0]
+    y = torch.tensor([y[0], TINY.null_label, y[2]])
+    assert torch.equal(dropped, model(x, t, y, torch.zeros(3, dtype=torch.bool))[0])
+
+
+def test_unpatchify_puts_each_patch_back_where_it_was():
+    latents = randn(2, TINY.out_channels, 8, 8)
+    tokens = [
+        latents[:, :, row : row + 2, column : column + 2].permute(0, 2, 3, 1).flatten(1)
+        for row in range(0, 8, 2)
+        for column in range(0, 8, 2)
+    ]  # 16 of (N, P*P*C)
+    assert torch.equal(DiT(TINY).unpatchify(torch.stack(tokens, dim=1)), latents)
+
+
+# -- attention
+
+
+@pytest.mark.parametrize("config", [TINY, WITHOUT_QK_NORM], ids=["qk_norm", "no_qk_norm"])
+def test_flash_attention_computes_the_same(config: DiTConfig, monkeypatch: pytest.MonkeyPatch):
+    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # from (N, T, heads, d)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    package = ModuleType("flash_attn")
+    package.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    model, inputs = tiny_model(config).eval(), tiny_inputs()
+    expected, names = model(*inputs), list(model.state_dict())
+    model.use_flash_attn()
+    assert all(m.use_flash_attn for m in model.modules() if isinstance(m, Attention))
+    torch.testing.assert_close(model(*inputs), expected)
+    assert list(model.state_dict()) == names
+
+
+def test_flash_attention_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    with pytest.raises(ValueError, match="needs the flash-attn package"):
+        DiT(TINY).use_flash_attn()
+
+
+# -- router and balance loss
+
+
+def test_aux_loss_is_one_when_balanced_and_num_experts_when_collapsed():
+    even = load_balancing_loss(torch.full((4, 4), 0.25), torch.arange(4).view(4, 1))
+    collapsed = load_balancing_loss(torch.eye(4)[[0, 0, 0, 0]], torch.zeros(4, 1, dtype=torch.long))
+    assert even.item() == pytest.approx(1.0)
+    assert collapsed.item() == pytest.approx(4.0)
+
+
+def test_aux_loss_counts_all_choices():
+    probs = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.6, 0.2]])
+    indices = torch.tensor([[0, 1], [1, 2]])  # loads 1/4, 1/2, 1/4; mean probs .35, .45, .2
+    expected = 3 * (0.25 * 0.35 + 0.5 * 0.45 + 0.25 * 0.2)
+    assert load_balancing_loss(probs, indices).item() == pytest.approx(expected)
+
+
+def test_gradient_of_the_aux_loss_is_the_load_and_flows_through_the_probs_only():
+    probs = torch.full((4, 2), 0.5, requires_grad=True)
+    load_balancing_loss(probs, torch.tensor([[0], [0], [0], [1]])).backward()
+    assert probs.grad is not None
+    torch.testing.assert_close(probs.grad, torch.tensor([[2 / 4 * 0.75, 2 / 4 * 0.25]] * 4))
+
+
+def test_router_takes_the_largest_probabilities_without_renormalising():
+    router, x = randomize(TopKRouter(32, 4, 2), std=1.0), randn(50, 32)
+    routing = router(x)
+    expected = (x @ router.weight.T).softmax(dim=-1)
+    torch.testing.assert_close(routing.probs, expected)
+    chosen = expected.sort(dim=-1, descending=True).values[:, :2]
+    torch.testing.assert_close(routing.expert_weights.sort(descending=True).values, chosen)
+    assert torch.equal(routing.probs.gather(1, routing.expert_indices), routing.expert_weights)
+
+
+def test_router_decides_in_float32_whatever_surrounds_it():
+    router, x = randomize(TopKRouter(32, 4, 2), std=1.0), randn(50, 32)
+    expected = router(x).probs
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(router(x).probs, expected)
+    assert router.bfloat16()(x).probs.dtype == torch.float32
+
+
+# -- mixture of experts
+
+
+def naive_moe(moe: MoE, x: Tensor) -> Tensor:
+    """Send each token alone through router, experts and shared experts, in float32."""
+
+    def swiglu(token: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        gate, up = (gate_up.float() @ token).chunk(2)
+        return down.float() @ (F.silu(gate) * up)
+
+    outputs = []
+    for token in x.flatten(0, 1).float():
+        weights, experts = (moe.router.weight.float() @ token).softmax(dim=0).topk(2)
+        shared = moe.shared_experts
+        assert shared is not None
+        out = swiglu(token, shared.gate_up_proj.weight, shared.down_proj.weight)
+        for weight, expert in zip(weights, experts.tolist(), strict=True):
+            gate_up, down = moe.experts.gate_up_proj[expert], moe.experts.down_proj[expert]
+            out = out + weight * swiglu(token, gate_up, down)
+        outputs.append(out)
+    return torch.stack(outputs).view(x.shape)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.bfloat16, 2e-2)])
+def test_moe_equals_a_loop_over_tokens_in_values_and_all_gradients(
+    dtype: torch.dtype, tolerance: float
+):
+    moe = randomize(MoE(TINY), std=0.2).to(dtype)
+    x = randn(3, 16, 32).bfloat16().float().requires_grad_()  # bfloat16 holds these values
+    inputs, direction = {"x": x, **dict(moe.named_parameters())}, randn(3, 16, 32, seed=1)
+    assert len(inputs) == 6  # x; router; gate_up and down of routed and of shared experts
+    actual, expected = moe(x)[0], naive_moe(moe, x)
+    assert relative_error(actual, expected) < tolerance
+    gradients = [
+        torch.autograd.grad((out * direction).sum(), list(inputs.values()))
+        for out in (actual, expected)
+    ]
+    for name, a, e in zip(inputs, *gradients, strict=True):
+        assert relative_error(a, e.float()) < tolerance, name
+
+
+def test_a_single_expert_that_always_runs_is_a_dense_swiglu():
+    lone = dataclasses.replace(TINY, num_experts=1, num_experts_per_tok=1, num_shared_experts=0)
+    moe, dense, x = randomize(MoE(lone)), SwiGLU(32, 128), randn(3, 16, 32)
+    dense.gate_up_proj.weight = nn.Parameter(moe.experts.gate_up_proj[0])
+    dense.down_proj.weight = nn.Parameter(moe.experts.down_proj[0])
+    torch.testing.assert_close(moe(x)[0], dense(x))
+    assert moe(x)[1].item() == pytest.approx(1.0)
+
+
+def test_idle_experts_have_zero_gradients_rather_than_none():
+    moe = randomize(MoE(TINY))
+    nn.init.zeros_(moe.router.weight[:2].detach())
+    nn.init.constant_(moe.router.weight[2:].detach(), 1.0)
+    moe(randn(1, 16, 32).abs())[0].sum().backward()  # positive tokens all prefer experts 2 and 3
+    for weight in moe.experts.parameters():
+        assert weight.grad is not None
+        used = weight.grad.flatten(1).any(dim=1)
+        assert used.tolist() == [False, False, True, True]
+
+
+# -- initialisation
+
+
+def assert_uniform(weight: Tensor, bound: float) -> None:
+    """Check largest entry and spread of a matrix that should be uniform in [-bound, bound]."""
+    assert 0.97 * bound < weight.abs().max().item() <= bound
+    assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+    assert weight.mean().item() == pytest.approx(0.0, abs=0.05 * bound)
+
+
+def test_every_matrix_starts_from_its_published_distribution():
+    torch.manual_seed(0)
+    model = DiT(dataclasses.replace(TINY, hidden_size=64, depth=1))
+    parameters = dict(model.named_parameters())
+
+    def xavier(fan_in: int, fan_out: int) -> float:
+        return math.sqrt(6 / (fan_in + fan_out))
+
+    moe: Any = model.get_submodule("blocks.0.moe")
+    for gate_up, down in zip(moe.experts.gate_up_proj, moe.experts.down_proj, strict=True):
+        for matrix in (*gate_up.chunk(2), down):
+            assert_uniform(matrix, xavier(64, 256))
+    for matrix in (
+        *moe.shared_experts.gate_up_proj.weight.chunk(2),
+        moe.shared_experts.down_proj.weight,
+    ):
+        assert_uniform(matrix, xavier(64, 128))
+    assert_uniform(moe.router.weight, 1 / math.sqrt(64))
+    assert_uniform(parameters["blocks.0.attn.qkv.weight"], xavier(64, 3 * 64))
+    assert_uniform(parameters["blocks.0.attn.proj.weight"], xavier(64, 64))
+    assert_uniform(parameters["x_embedder.proj.weight"], xavier(4 * 2 * 2, 64))
+    for name in ("y_embedder.embedding_table", "t_embedder.mlp.0", "t_embedder.mlp.2"):
+        assert parameters[f"{name}.weight"].std().item() == pytest.approx(0.02, rel=0.1)
+    biases = [p for name, p in parameters.items() if name.endswith("bias")]
+    assert len(biases) == 10
+    assert not any(bias.any() for bias in biases)
+
+
+def test_a_new_model_is_the_identity_in_every_block_and_predicts_exactly_zero():
+    model, (x, t, y) = DiT(TINY).eval(), tiny_inputs()
+    assert torch.equal(model(x, t, y), torch.zeros(3, 8, 8, 8))
+    tokens = randn(3, 16, 32)
+    assert torch.equal(model.blocks[0](tokens, randn(3, 32))[0], tokens)
+
+
+# -- sizes
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "total", "activated"),
+    [
+        ("DiT-S/2", {}, 199_307_552, 71.9e6),
+        ("DiT-S/2", {"num_experts": 16}, 369_213_728, 71.9e6),
+        ("DiT-B/2", {}, 795_861_536, 286.3e6),
+        ("DiT-L/2", {}, 2_823_764_000, 1.012e9),
+        ("DiT-XL/2", {}, 4_168_172_192, 1.493e9),
+        ("DiT-G/2", {}, 16_503_731_232, 3.182e9),
+    ],
+)
+def test_published_sizes_have_their_published_parameter_counts(
+    name: str, overrides: dict[str, Any], total: int, activated: float
+):
+    with torch.device("meta"):
+        counts = DiT_models[name](**overrides).num_parameters()
+    assert counts == (total, pytest.approx(activated, rel=1e-3))
+
+
+@pytest.mark.parametrize("name", DiT_models)
+def test_patch_size_changes_only_the_two_ends_of_a_registered_size(name: str):
+    size, patch_size = name.removeprefix("DiT-").split("/")
+    with torch.device("meta"):
+        model, sibling = DiT_models[name](), DiT_models[f"DiT-{size}/{PATCH_SIZES[size][0]}"]()
+    D, P = model.config.hidden_size, int(patch_size)
+    ends = {
+        "pos_embed": (1, (32 // P) ** 2, D),
+        "x_embedder.proj.weight": (D, 4, P, P),
+        "final_layer.linear.weight": (P * P * 8, D),
+        "final_layer.linear.bias": (P * P * 8,),
+    }
+    shapes = {name: tuple(p.shape) for name, p in sibling.named_parameters()}
+    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == shapes | ends
+
+
+# -- the whole network
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"num_shared_experts": 0},
+        {"learn_sigma": False},
+        {"num_experts": 0},
+        {"num_experts": 0, "mlp_type": "gelu"},
+    ],
+    ids=str,
+)
+def test_every_trained_parameter_of_every_kind_of_model_gets_a_gradient(overrides: dict[str, Any]):
+    model = tiny_model(dataclasses.replace(TINY, **overrides))
+    gradients = training_gradients(model)
+    names = [name for name, _ in model.named_parameters() if name != "pos_embed"]
+    assert list(gradients) == names
+    assert all(gradient.any() for gradient in gradients.values())
+    assert model.eval()(*tiny_inputs()).shape == (3, model.config.out_channels, 8, 8)
+
+
+def test_aux_loss_of_the_model_is_its_depth_when_every_token_uses_every_expert():
+    model = tiny_model(dataclasses.replace(TINY, num_experts_per_tok=4)).train()
+    assert model(*tiny_inputs())[1].item() == pytest.approx(TINY.depth)
+
+
+def test_prediction_for_an_image_does_not_depend_on_the_rest_of_its_batch():
+    model, (x, t, y) = tiny_model().eval(), tiny_inputs()
+    alone = torch.cat([model(x[i : i + 1], t[i : i + 1], y[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(model(x, t, y), alone)
+
+
+@pytest.mark.parametrize("precision", ["float32", "autocast"])
+def test_gradient_checkpointing_computes_the_same_gradients(precision: str):
+    model = tiny_model()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        expected = training_gradients(model)
+        model.grad_checkpointing = True
+        actual = training_gradients(model)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+# -- precision
+
+
+def test_autocast_is_close_to_float32_and_gradients_are_float32():
+    model = tiny_model(WITHOUT_QK_NORM)  # k_norm.bias has gradients of pure rounding
+    expected, expected_gradients = model.eval()(*tiny_inputs()), training_gradients(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, gradients = model.eval()(*tiny_inputs()), training_gradients(model)
+    assert relative_error(actual, expected) < 1e-2
+    for name, gradient in gradients.items():
+        assert gradient.dtype == torch.float32
+        assert relative_error(gradient, expected_gradients[name]) < 5e-2, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_keep_the_residual_stream_in_float32(dtype: torch.dtype):
+    model, inputs = tiny_model().eval(), tiny_inputs(num_images=1)
+    expected, stream = model(*inputs), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, args, out: stream.extend([args[0], out[0]]))
+    actual = model.to(dtype)(*inputs)
+    assert [tensor.dtype for tensor in stream] == [torch.float32] * 4
+    assert relative_error(actual, expected) < 1e-2
+
+
+# -- compilation
+
+
+def test_training_step_reads_no_value_on_the_host():
+    with FakeTensorMode():  # tensors without values: reading one raises
+        gradients = training_gradients(DiT(TINY))
+    expected = {name: p.shape for name, p in DiT(TINY).named_parameters() if p.requires_grad}
+    assert {name: gradient.shape for name, gradient in gradients.items()} == expected
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("aot_eager", torch.float32),
+        ("aot_eager", torch.bfloat16),
+        pytest.param("inductor", torch.float32, marks=pytest.mark.slow),
+        pytest.param("inductor", torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
+def test_a_block_compiles_to_one_graph_that_computes_the_same(backend: str, dtype: torch.dtype):
+    block = randomize(DiTBlock(WITHOUT_QK_NORM)).to(dtype)
+    tokens, c = randn(3, 16, 32).requires_grad_(), randn(3, 32, seed=1).to(dtype).requires_grad_()
+    inputs = {"tokens": tokens, "c": c, **dict(block.named_parameters())}
+    torch.compiler.reset()
+    results = []
+    for function in (torch.compile(block, fullgraph=True, backend=backend), block):
+        out, aux_loss = function(tokens, c)
+        gradients = torch.autograd.grad(out.square().mean() + aux_loss, list(inputs.values()))
+        values = (out, aux_loss, *gradients)
+        results.append(dict(zip(("out", "aux_loss", *inputs), values, strict=True)))
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for name, expected in results[1].items():
+        assert relative_error(results[0][name], expected.float()) < tolerance, name
+
+
+# -- the published code's tensors: tests/golden/README.md
+
+
+@pytest.mark.parametrize("name", ["ddpm_timm_attn_4E2A", "rf_flash_attn_qknorm_4E2A"])
+def test_published_weights_predict_and_choose_experts_as_published(name: str, tmp_path: Path):
+    golden = torch.load(GOLDEN / f"{name}.pt", weights_only=True)
+    torch.save(golden["state_dict"], tmp_path / "weights.pt")
+    model = load_model(tmp_path / "weights.pt", config=DiTConfig(**golden["config"]))
+    layers: list[Routing] = []
+    for module in model.modules():
+        if isinstance(module, TopKRouter):
+            module.register_forward_hook(lambda _, args, routing: layers.append(routing))
+    with torch.inference_mode():
+        prediction = model(golden["x"], golden["t"], golden["y"])
+    outputs = golden["outputs"]
+    torch.testing.assert_close(prediction, outputs["forward"], atol=1e-5, rtol=0)
+    indices, order = torch.stack([layer.expert_indices for layer in layers]).sort(dim=-1)
+    weights = torch.stack([layer.expert_weights for layer in layers]).gather(-1, order)
+    published, published_order = outputs["topk_idx"].sort(dim=-1)
+    assert torch.equal(indices, published)
+    expected = outputs["topk_weight"].gather(-1, published_order)
+    torch.testing.assert_close(weights, expected, atol=1e-5, rtol=0)

@@ -1,0 +1,215 @@
+"""The routed layer against a loop over single tokens, on its CPU path and on its GPU path.
+
+The GPU path is called by name here: all its operations run on a CPU too.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from moe_ops import (
+    grouped_linear,
+    sort_by_expert,
+    swiglu_experts,
+    swiglu_grouped,
+    swiglu_segments,
+)
+
+M, D, WIDTH, E = 40, 16, 24, 5
+Layer = Callable[..., Tensor]
+
+
+def grouped_path(
+    x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, indices: Tensor, weights: Tensor
+) -> Tensor:
+    """Run what `swiglu_experts` runs on a GPU."""
+    plan = sort_by_expert(indices, len(gate_up_proj))
+    return swiglu_grouped(x, gate_up_proj, down_proj, weights, plan)
+
+
+def loop_over_tokens(
+    x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, indices: Tensor, weights: Tensor
+) -> Tensor:
+    """Compute the layer as it is on paper: one token, one expert at a time."""
+    out = []
+    for token, experts, token_weights in zip(x, indices.tolist(), weights, strict=True):
+        total = torch.zeros_like(token)
+        for expert, weight in zip(experts, token_weights, strict=True):
+            gate, up = (gate_up_proj[expert] @ token).chunk(2)
+            total = total + weight * (down_proj[expert] @ (F.silu(gate) * up))
+        out.append(total)
+    return torch.stack(out)
+
+
+def make_inputs(k: int = 2, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Return the arguments of the layer; all but the indices require gradients."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int, std: float = 1.0) -> Tensor:
+        return torch.randn(shape, generator=generator).mul(std).to(dtype).requires_grad_()
+
+    x, gate_up, down = randn(M, D), randn(E, 2 * WIDTH, D, std=0.3), randn(E, D, WIDTH, std=0.3)
+    indices = torch.rand(M, E, generator=generator).topk(k).indices
+    weights = torch.rand(M, k, generator=generator).to(dtype).requires_grad_()
+    return [x, gate_up, down, indices, weights]
+
+
+def run(layer: Layer, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Return the output of the layer and the gradients of all inputs that require one."""
+    out = layer(*inputs)
+    direction = torch.linspace(-1, 1, out.numel()).view_as(out).to(out.dtype)
+    return [out, *torch.autograd.grad(out, [i for i in inputs if i.requires_grad], direction)]
+
+
+def assert_agree(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    """Compare tensors, relative to the largest entry of each."""
+    for a, e in zip(actual, expected, strict=True):
+        largest = e.abs().max().item()
+        torch.testing.assert_close(a.to(e.dtype), e, atol=tolerance * largest, rtol=0)
+
+
+both_paths = pytest.mark.parametrize("layer", [swiglu_experts, grouped_path])
+
+
+@pytest.fixture
+def nan_in_new_memory() -> Iterator[None]:
+    """Let torch fill new memory with NaN, as it does in this mode: what is never written shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+# -- values and gradients
+
+
+@both_paths
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("k", [1, 2, E])
+def test_layer_equals_a_loop_over_tokens_in_values_and_gradients(
+    layer: Layer, dtype: torch.dtype, tolerance: float, k: int
+):
+    inputs = make_inputs(k, dtype)
+    exact = [i.detach().float().requires_grad_() if i.requires_grad else i for i in inputs]
+    actual = run(layer, inputs)
+    assert all(tensor.dtype == dtype for tensor in actual)
+    assert_agree(actual, run(loop_over_tokens, exact), tolerance)
+
+
+@both_paths
+def test_experts_without_tokens_get_zero_gradients(layer: Layer, nan_in_new_memory: None):
+    x, gate_up, down, _, weights = make_inputs()
+    only_1_and_3 = torch.tensor([[1, 3]]).expand(M, 2)
+    inputs = [x, gate_up, down, only_1_and_3, weights]
+    actual = run(layer, inputs)
+    for gradient in actual[2:4]:
+        assert torch.equal(gradient[[0, 2, 4]], torch.zeros_like(gradient[[0, 2, 4]]))
+    assert_agree(actual, run(loop_over_tokens, inputs), 2e-6)
+
+
+@both_paths
+def test_no_token_is_dropped_when_all_choose_one_expert(layer: Layer):
+    x, gate_up, down, _, _ = make_inputs()
+    gate, up = F.linear(x, gate_up[3]).chunk(2, dim=-1)
+    expected = F.linear(F.silu(gate) * up, down[3])
+    actual = layer(x, gate_up, down, torch.full((M, 1), 3), torch.ones(M, 1))
+    torch.testing.assert_close(actual, expected)
+
+
+@both_paths
+def test_order_of_a_tokens_choices_does_not_matter(layer: Layer):
+    x, gate_up, down, indices, weights = make_inputs(k=3)
+    swapped = layer(x, gate_up, down, indices.flip(1), weights.flip(1))
+    torch.testing.assert_close(swapped, layer(x, gate_up, down, indices, weights))
+
+
+@both_paths
+def test_values_are_the_same_without_gradients(layer: Layer):
+    inputs = make_inputs()
+    with torch.inference_mode():
+        actual = layer(*inputs)
+    torch.testing.assert_close(actual, layer(*inputs).detach())
+
+
+@both_paths
+@pytest.mark.parametrize("trained", [0, 1, 2, 4], ids=["x", "gate_up", "down", "weights"])
+def test_each_input_can_be_the_only_one_with_a_gradient(layer: Layer, trained: int):
+    inputs = [tensor.detach() for tensor in make_inputs()]
+    inputs[trained].requires_grad_()
+    assert_agree(run(layer, inputs), run(loop_over_tokens, inputs), 2e-6)
+
+
+def test_float32_weights_of_a_bfloat16_layer_get_float32_gradients():
+    x, gate_up, down, indices, weights = make_inputs()
+    inputs = [x.detach().bfloat16().requires_grad_(), gate_up, down, indices, weights]
+    actual = run(swiglu_experts, inputs)
+    assert [a.dtype for a in actual] == [torch.bfloat16] * 2 + [torch.float32] * 3
+    assert_agree(actual, run(loop_over_tokens, [x, *inputs[1:]]), 2e-2)
+
+
+# -- dispatch
+
+
+def test_plan_sorts_choices_by_expert_and_keeps_the_order_of_tokens():
+    plan = sort_by_expert(torch.tensor([[3, 0], [0, 3], [1, 0]]), num_experts=4)
+    assert plan.order.tolist() == [1, 2, 5, 4, 0, 3]
+    assert plan.order[plan.inverse].tolist() == list(range(6))
+    assert plan.offsets.tolist() == [3, 4, 4, 6]
+
+
+@both_paths
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_input_gives_equal_bits(layer: Layer, dtype: torch.dtype, nan_in_new_memory: None):
+    inputs = make_inputs(dtype=dtype)
+    for first, second in zip(run(layer, inputs), run(layer, inputs), strict=True):
+        assert torch.equal(first, second)
+
+
+@both_paths
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shapes_are_static_and_no_value_is_read_on_the_host(layer: Layer, dtype: torch.dtype):
+    inputs = make_inputs(dtype=dtype)
+    with FakeTensorMode(allow_non_fake_inputs=False) as fake:  # tensors without values
+        fakes = [fake.from_tensor(tensor) for tensor in inputs]
+        outputs = run(layer, fakes)
+    expected = run(layer, inputs)
+    assert [o.shape for o in outputs] == [e.shape for e in expected]
+    assert [o.stride() for o in outputs] == [e.stride() for e in expected]
+
+
+# -- custom operators
+
+
+def test_grouped_linear_multiplies_each_segment_by_its_own_matrix():
+    x, gate_up, _, _, _ = make_inputs()
+    offsets = torch.tensor([7, 7, 20, 33, M], dtype=torch.int32)
+
+    def by_segment(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+        segments = rows.tensor_split(offsets[:-1].long())
+        return torch.cat([F.linear(s, w) for s, w in zip(segments, weight, strict=True)])
+
+    inputs = [x, gate_up, offsets]
+    assert_agree(run(grouped_linear, inputs), run(by_segment, inputs), 2e-6)
+
+
+@pytest.mark.parametrize("name", ["segments", "segments without gradients", "grouped_linear"])
+def test_custom_operators_keep_their_contract_with_torch(name: str):
+    x, gate_up, down, indices, weights = make_inputs()
+    plan = sort_by_expert(indices, E)
+    operators: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "segments": (swiglu_segments, (x, gate_up, down, weights, *plan, True)),
+        "segments without gradients": (
+            swiglu_segments,
+            (*(tensor.detach() for tensor in (x, gate_up, down, weights)), *plan, False),
+        ),
+        "grouped_linear": (
+            grouped_linear,
+            (x, gate_up, torch.tensor([7, 7, 20, 33, M], dtype=torch.int32)),
+        ),
+    }
+    operator, arguments = operators[name]
+    torch.library.opcheck(operator, arguments)
