@@ -42,6 +42,11 @@ from routing import LoadCounter, dead_experts, load_entropy, max_violation
 from runtime import Runtime
 
 GRID_COLUMNS, GRID_ROWS = 10, 6
+# Flags that a run may change on its way, but then it is not the run that it would have been.
+COURSE = (
+    *("data_path", "vae_path", "flip", "seed", "global_batch_size", "lr", "warmup_steps"),
+    *("weight_decay", "clip_grad", "ema_decay", "aux_loss_weight", "precision"),
+)
 
 
 # ------------------------------------------------------------------------------ flags
@@ -250,6 +255,30 @@ def find_resume(args: argparse.Namespace, run_dir: Path) -> Path | None:
     if not Path(args.resume).exists():
         raise FileNotFoundError(f"--resume {args.resume}: no such file")
     return Path(args.resume)
+
+
+def check_resumable(job: Job, path: Path, config: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Compare a checkpoint with the flags; warn where the run goes on in another way.
+
+    Args:
+        job: of the flags.
+        path: of the checkpoint, for messages.
+        config: of its model.
+        settings: saved with it.
+
+    Raises:
+        ValueError: naming what differs, if it is of another model or objective.
+    """
+    ours = {**job.model.config.to_dict(), "objective": job.args.objective}
+    theirs = {**config, "objective": settings["objective"]}
+    if differing := [name for name in ours if theirs.get(name) != ours[name]]:
+        raise ValueError(
+            f"--resume: {path} was trained with another {', '.join(differing)}; "
+            "give the same flags, or another --run-name to start anew"
+        )
+    for name in COURSE:
+        if (before := settings.get(name)) != (now := getattr(job.args, name)):
+            logging.warning("%s: --%s was %s, is %s", path, name.replace("_", "-"), before, now)
 
 
 def describe(job: Job) -> str:
