@@ -244,10 +244,16 @@ def find_resume(args: argparse.Namespace, run_dir: Path) -> Path | None:
 
     Raises:
         ValueError: if `--resume never` would write over a run.
-        FileNotFoundError: if `--resume FILE` is not there.
+        FileNotFoundError: if `--resume FILE`, or this node's copy of the run, is not there.
     """
     if args.resume == "auto":
-        return latest_checkpoint(run_dir)
+        latest = runtime.from_main(latest_checkpoint(run_dir))
+        if latest is not None and not latest.exists():
+            raise FileNotFoundError(
+                f"--results-dir {args.results_dir}: no {latest} here, but on the main node; "
+                "the nodes must share it"
+            )
+        return latest
     if args.resume == "never":
         if latest_checkpoint(run_dir) is not None:
             raise ValueError(f"--resume never: {run_dir} has checkpoints; give another --run-name")
