@@ -1,11 +1,13 @@
 """What is on disk: training checkpoints, and the weights of every published layout.
 
+    python checkpoint.py export results/RUN model.safetensors --ema
+
 1. `save_checkpoint`, `load_checkpoint`, `latest_checkpoint`, `prune_checkpoints`: training state.
 2. `load_model`, `load_settings`, `save_safetensors`: weights and the config they belong to.
 
 Nothing read here can run code: torch files are opened with `weights_only=True`. Everything
 is written under a temporary name first, so a file that has its name is whole.
-The names inside the published files are in layouts.py.
+The names inside the published files are in layouts.py, what train_deepspeed.py saves in sharded.py.
 """
 
 import argparse
@@ -14,7 +16,9 @@ import logging
 import os
 import pickle
 import re
+import sys
 import zipfile
+from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +29,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flags import FlagParser, flag
 from layouts import StateDict, infer_config, to_ours
 from models import DiT, DiTConfig, sincos_pos_embed
+from sharded import ShardedCheckpoint, latest_sharded, write_safetensors
 
 FORMAT, VERSION = "dit-moe", 1
 CHECKPOINT_KEYS = (
@@ -102,6 +108,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, or not one of our training checkpoints.
     """
+    if Path(path).is_dir():
+        raise ValueError(
+            f"{path} is a sharded checkpoint: resume it with train_deepspeed.py, or give "
+            "another --run-name and start from it with --init-from"
+        )
     content = _load_torch(Path(path))
     if not _is_ours(content):
         raise ValueError(f"{path} can't be resumed: it has {_describe(content)}, not {FORMAT} keys")
@@ -113,7 +124,12 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def latest_checkpoint(run_dir: str | Path) -> Path | None:
-    """Return the checkpoint with the highest step, skipping files without a proper end."""
+    """Return the last checkpoint: a sharded one's folder, else the whole file of the highest step.
+
+    Files without a proper end are skipped.
+    """
+    if (sharded := latest_sharded(run_dir)) is not None:
+        return sharded
     for path in reversed(_checkpoints(run_dir)):
         if zipfile.is_zipfile(path):
             return path
@@ -168,7 +184,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 class _Source(NamedTuple):
     """What a file or folder holds."""
 
-    weights: dict[str, StateDict]  # "model" and / or "ema", in the layout of the file
+    weights: Mapping[str, StateDict]  # "model" and / or "ema", in the layout of the file
     config: DiTConfig | None = None
     settings: Mapping[str, Any] = {}
     known: Mapping[str, Any] = {}  # config fields that the file tells apart from its tensors
@@ -202,12 +218,9 @@ def load_model(
             asked for are absent, or don't fit the config.
     """
     source = _open(Path(path))
-    kinds = ("ema", "model") if ema else ("model",)
-    found = [source.weights[kind] for kind in kinds if kind in source.weights]
-    if not found:
-        raise ValueError(f"ema={ema}: {path} holds only the weights {sorted(source.weights)}")
+    weights = _choose(source, path, ema)
     try:
-        state = {name: tensor.to(device, dtype) for name, tensor in to_ours(found[0])}
+        state = {name: tensor.to(device, dtype) for name, tensor in to_ours(weights)}
         config = config or source.config or infer_config(state, source.known)
         if "pos_embed" not in state:  # diffusers doesn't save it
             table = sincos_pos_embed(config.input_size // config.patch_size, config.hidden_size)
@@ -218,6 +231,17 @@ def load_model(
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: {error}") from error
     return model.eval()
+
+
+def stream_weights(path: str | Path, *, ema: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights that `load_model` would load, one (name, tensor) at a time.
+
+    Tensors are mapped from the file, or made as they come, so the model is never in memory whole.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_model`.
+    """
+    yield from to_ours(_choose(_open(Path(path)), path, ema))
 
 
 def load_settings(path: str | Path) -> dict[str, Any]:
@@ -233,6 +257,39 @@ def save_safetensors(
     tensors = {name: tensor.contiguous() for name, tensor in model_state.items()}
     with atomic_write(path) as temp:
         save_file(tensors, temp, metadata={"format": "pt", **metadata})
+
+
+def export(path: str | Path, out: str | Path, *, ema: bool) -> None:
+    """Write the weights of a run or checkpoint of ours as one .safetensors that every script reads.
+
+    Memory: the largest tensor, since the sources are mapped and the file is written in order.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_model`; or the source is not a checkpoint of ours.
+        OSError: not written.
+    """
+    source = _open(Path(path))
+    weights = _choose(source, path, ema)
+    if source.config is None:
+        raise ValueError(f"{path} has no config of ours; export takes a run or its checkpoints")
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in DiT(source.config).state_dict().items()}
+    with atomic_write(out) as temp:
+        write_safetensors(
+            temp,
+            shapes,
+            weights,
+            config=json.dumps(source.config.to_dict()),
+            settings=json.dumps(dict(source.settings)),
+        )
+
+
+def _choose(source: _Source, path: str | Path, ema: bool) -> StateDict:
+    """Return the averaged weights of a source if wanted and there, else the others."""
+    for kind in ("ema", "model") if ema else ("model",):
+        if kind in source.weights:
+            return source.weights[kind]
+    raise ValueError(f"ema={ema}: {path} holds only the weights {sorted(source.weights)}")
 
 
 def _open(path: Path) -> _Source:
@@ -263,6 +320,8 @@ def _wrapped(content: dict[str, Any]) -> dict[str, StateDict]:
 
 def _open_folder(folder: Path) -> _Source:
     """Open the latest checkpoint of a run, or a diffusers model."""
+    if (folder / "state.json").is_file():
+        return _open_sharded(folder)
     if (latest := latest_checkpoint(folder)) is not None:
         return _open(latest)
     if (folder / "model_index.json").is_file():  # a whole diffusers pipeline
@@ -283,6 +342,16 @@ def _open_folder(folder: Path) -> _Source:
         state |= _open_safetensors(file).weights["model"]
     known = {"num_heads": config["num_attention_heads"], "input_size": config["sample_size"]}
     return _Source({"model": state, "ema": state}, known=known)
+
+
+def _open_sharded(folder: Path) -> _Source:
+    """Open a checkpoint of train_deepspeed.py; tensors are assembled when asked for."""
+    checkpoint = ShardedCheckpoint(folder)
+    config = DiTConfig.from_dict(checkpoint.state["config"])
+    table = sincos_pos_embed(config.input_size // config.patch_size, config.hidden_size)
+    frozen = {"pos_embed": table}  # no share holds what is not trained
+    weights = {kind: ChainMap(checkpoint.weights(kind), frozen) for kind in ("model", "ema")}
+    return _Source(weights, config, checkpoint.state["settings"])
 
 
 def _open_safetensors(path: Path) -> _Source:
@@ -347,3 +416,30 @@ def _describe(content: Any) -> str:
     if isinstance(content, dict):
         return f"a dict with the keys {[str(key) for key in content][:5]}"
     return f"a {type(content).__name__}"
+
+
+# ---------------------------------------------------------------- command line
+
+
+def build_parser() -> FlagParser:
+    """Return the parser of `python checkpoint.py`."""
+    parser = FlagParser(__doc__)
+    group = parser.group("Export")
+    parser.add_argument("command", choices=["export"], help="write the weights as one file")
+    parser.add_argument("run", help="run folder (its latest checkpoint) or a checkpoint")
+    parser.add_argument("out", help=".safetensors to write")
+    group.add("--ema", default=False, **flag, help="the averaged weights, else the trained ones")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Do what the command line asks."""
+    try:
+        export(args.run, args.out, ema=args.ema)
+    except (ValueError, OSError) as error:
+        sys.exit(f"checkpoint.py: error: {error}")
+    print(f"{args.out}: {'averaged' if args.ema else 'trained'} weights of {args.run}")
+
+
+if __name__ == "__main__":
+    main(build_parser().parse_args())

@@ -55,8 +55,13 @@ DIFFUSERS_BLOCK = {
 }
 
 
-def clean_names(state: StateDict) -> dict[str, Tensor]:
-    """Drop DDP's `module.` and torch.compile's `_orig_mod.` from the names."""
+def clean_names(state: StateDict) -> StateDict:
+    """Drop DDP's `module.` and torch.compile's `_orig_mod.` from the names.
+
+    A state without them is returned as it is, so that a lazy mapping stays lazy.
+    """
+    if not any(name.startswith("module.") or "_orig_mod." in name for name in state):
+        return state
     return {
         name.replace("_orig_mod.", "").removeprefix("module."): tensor
         for name, tensor in state.items()

@@ -13,13 +13,13 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention as TimmAttention
 from timm.layers import Mlp, PatchEmbed, build_sincos2d_pos_embed
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_ops import swiglu_experts
@@ -241,7 +241,7 @@ class TopKRouter(nn.Module):
 
     def __init__(self, hidden_size: int, num_experts: int, num_experts_per_tok: int) -> None:
         super().__init__()
-        self.num_experts_per_tok = num_experts_per_tok
+        self.num_experts, self.num_experts_per_tok = num_experts, num_experts_per_tok
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
 
     def forward(self, x: Tensor) -> Routing:
@@ -404,45 +404,9 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Initialise every matrix as if it were its own `nn.Linear` of the published network.
-
-        Xavier-uniform linears, kaiming-uniform router, zero biases, normal(0.02) embeddings, and
-        zero adaLN and output layers, so that every block starts as the identity (adaLN-Zero).
-        """
-        xavier = nn.init.xavier_uniform_
-
-        def zero(layer: Any) -> None:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                xavier(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for module in self.modules():
-            if isinstance(module, SwiGLU):
-                for half in module.gate_up_proj.weight.chunk(2):
-                    xavier(half)
-            elif isinstance(module, Experts):
-                for gate_up, down in zip(module.gate_up_proj, module.down_proj, strict=True):
-                    for matrix in (*gate_up.chunk(2), down):
-                        xavier(matrix)
-            elif isinstance(module, TopKRouter):
-                nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-            elif isinstance(module, nn.Conv2d):
-                xavier(module.weight.flatten(1))  # over patches it is a linear map
-                nn.init.zeros_(cast(Tensor, module.bias))
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-            elif isinstance(module, TimestepEmbedder):
-                for layer in (module.mlp[0], module.mlp[2]):
-                    nn.init.normal_(cast(nn.Linear, layer).weight, std=0.02)
-            elif isinstance(module, (DiTBlock, FinalLayer)):
-                zero(module.adaLN_modulation[-1])
-        zero(self.final_layer.linear)
-        size = self.config.input_size // self.config.patch_size
-        self.pos_embed.copy_(sincos_pos_embed(size, self.config.hidden_size))
+        """Draw every parameter anew, in order, see `initialize_parameter`."""
+        for name, parameter in self.named_parameters():
+            initialize_parameter(name, parameter)
 
     def use_flash_attn(self, enabled: bool = True) -> None:
         """Switch all attention to the flash-attn package (GPU, half precision) or back to torch's.
@@ -500,6 +464,36 @@ class DiT(nn.Module):
         experts = sum(p.numel() for module in routed for p in module.parameters())
         used_experts = experts * self.config.num_experts_per_tok // max(self.config.num_experts, 1)
         return total, total - experts + used_experts
+
+
+@torch.no_grad()
+def initialize_parameter(name: str, parameter: Tensor, generator: Generator | None = None) -> None:
+    """Fill one parameter of a `DiT`, every matrix as if it were its own `nn.Linear`, as published.
+
+    Xavier-uniform linears, kaiming-uniform router, zero biases, normal(0.02) embeddings, and zero
+    adaLN and output layers, so that every block starts as the identity (adaLN-Zero). One at a time
+    and by name, so that a model which is never whole on one rank can be filled too.
+
+    Args:
+        name: in the state dict.
+        parameter: of its whole shape; filled in place.
+        generator: of the draws; the global one if absent.
+    """
+    if name == "pos_embed":
+        parameter.copy_(sincos_pos_embed(math.isqrt(parameter.shape[1]), parameter.shape[2]))
+    elif name.endswith("bias") or "adaLN_modulation" in name or name.startswith("final_layer"):
+        nn.init.zeros_(parameter)
+    elif name.endswith(("q_norm.weight", "k_norm.weight")):
+        nn.init.ones_(parameter)
+    elif name.startswith(("t_embedder", "y_embedder")):
+        nn.init.normal_(parameter, std=0.02, generator=generator)
+    elif name.endswith("router.weight"):
+        nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator)
+    else:  # linear maps: (E, O, I) of stacked experts, (D, C, P, P) over patches, else (O, I)
+        matrices = parameter if ".experts." in name else [parameter.flatten(1)]
+        for matrix in matrices:
+            for half in matrix.chunk(2 if "gate_up_proj" in name else 1):
+                nn.init.xavier_uniform_(half, generator=generator)
 
 
 def sincos_pos_embed(size: int, hidden_size: int) -> Tensor:

@@ -24,10 +24,16 @@ class LoadCounter:
         counts: (L, E) int64 on the model's device; L = 0 for a dense model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, device: torch.device | None = None) -> None:
+        """Hook into the routers.
+
+        Args:
+            model: in which to count.
+            device: it runs on; by default that of its parameters.
+        """
         routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
-        num_experts = routers[0].weight.shape[0] if routers else 0
-        device = next(model.parameters()).device
+        num_experts = routers[0].num_experts if routers else 0
+        device = device or next(model.parameters()).device
         self.counts = torch.zeros(len(routers), num_experts, dtype=torch.int64, device=device)
         self._hooks = [
             router.register_forward_hook(self._make_hook(layer))

@@ -50,7 +50,8 @@ def setup() -> Runtime:
         torch.backends.cudnn.allow_tf32 = True
     if "RANK" not in os.environ:
         return Runtime(0, 1, device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Runtime(dist.get_rank(), dist.get_world_size(), device)
 
 

@@ -24,9 +24,13 @@ from train_utils import (
     Job,
     build_parser,
     check_resumable,
+    compile_blocks,
     draw_grid,
     launch,
     learning_rate,
+    mean_losses,
+    micro_loss,
+    restore_rng,
 )
 
 
@@ -45,8 +49,7 @@ class DdpTrainer:
         fp16 = self.args.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.rt.device.type, enabled=fp16)
         if self.args.compile:
-            for block in self.model.blocks:
-                block.compile(fullgraph=True)
+            compile_blocks(self.model)
         self.wrapped: nn.Module = self.model
         if self.rt.world_size > 1:
             devices = [self.rt.device] if self.rt.device.type == "cuda" else None
@@ -66,18 +69,14 @@ class DdpTrainer:
             loss, aux_loss (per layer, 1.0 = even) and grad_norm, each ().
         """
         dtype = runtime.DTYPES[self.args.precision]
-        losses, aux_losses = [], []
-        for i, (latents, labels, given) in enumerate(batches):
+        losses = []
+        for i, batch in enumerate(batches):
             last = i == self.args.accum_steps - 1
             skip_sync = self.rt.world_size > 1 and not last
             with self.wrapped.no_sync() if skip_sync else contextlib.nullcontext():  # type: ignore[operator]
                 with torch.autocast(self.rt.device.type, dtype, enabled=dtype != torch.float32):
-                    out = self.job.diffusion.training_loss(self.wrapped, latents, labels, **given)
-                loss = out.per_sample.mean()
-                total = loss + self.args.aux_loss_weight * out.aux_loss
-                self.scaler.scale(total / self.args.accum_steps).backward()
-            losses.append(loss.detach())
-            aux_losses.append(out.aux_loss.detach() / self.model.config.depth)
+                    losses.append(micro_loss(self.job, self.wrapped, batch))
+                self.scaler.scale(losses[-1].total / self.args.accum_steps).backward()
         self.scaler.unscale_(self.optimizer)
         grad_norm = clip_grad_norm_(self.parameters, self.args.clip_grad or float("inf"))
         for group in self.optimizer.param_groups:
@@ -87,11 +86,7 @@ class DdpTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update()
         self.step += 1
-        return {
-            "loss": torch.stack(losses).mean(),
-            "aux_loss": torch.stack(aux_losses).mean(),
-            "grad_norm": grad_norm,
-        }
+        return {**mean_losses(losses), "grad_norm": grad_norm}
 
     def save(self) -> None:
         """Write the checkpoint of this step, with every rank's RNG, then drop the oldest ones."""
@@ -129,14 +124,8 @@ class DdpTrainer:
         if content["scaler"] is not None:
             self.scaler.load_state_dict(content["scaler"])
         self.step = content["step"]
-        if len(content["rng"]) == self.rt.world_size:
-            runtime.set_rng_state(content["rng"][self.rt.rank])
-        else:
-            logging.warning(
-                "%s is from %d ranks, this run has %d: noise and label drops go on from new seeds",
-                path, len(content["rng"]), self.rt.world_size,
-            )  # fmt: skip
-            torch.manual_seed(self.args.seed + 1 + self.rt.rank + 1000 * self.step)
+        rng = content["rng"]
+        restore_rng(self.job, path, self.step, len(rng), rng.__getitem__)
         logging.info("resumed %s at step %d", path, self.step)
 
     def draw(self) -> None:

@@ -1,8 +1,8 @@
 """What both trainers need and nobody else: flags, the run folder, logging, EMA, sample grids.
 
 In the order a run uses them: `build_parser`, `prepare` (flags to a `Job`: data, objective, model),
-`find_resume`, `Ema`, `Reporter` (progress bar, curves), `draw_grid`, and the loop itself, `launch`
-and `fit`, around the `Trainer` that each script brings.
+`initial_weights`, `find_resume`, `Ema`, `Reporter` (progress bar, curves), `draw_grid`, and the
+loop itself, `launch` and `fit`, around the `Trainer` that each script brings.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import runtime
-from checkpoint import atomic_write, latest_checkpoint, load_model
+from checkpoint import atomic_write, latest_checkpoint, stream_weights
 from data import (
     VAE,
     FolderImages,
@@ -37,7 +37,7 @@ from data import (
 )
 from diffusion import Diffusion, create_diffusion
 from flags import FlagParser, flag, number
-from models import DiT, DiT_models
+from models import DiT, DiT_models, initialize_parameter
 from routing import LoadCounter, dead_experts, load_entropy, max_violation
 from runtime import Runtime
 
@@ -174,8 +174,12 @@ class Job(NamedTuple):
     run_dir: Path
 
 
-def prepare(args: argparse.Namespace) -> Job:
+def prepare(args: argparse.Namespace, *, meta: bool = False) -> Job:
     """Join the process group, open the data and build the model; no file is written.
+
+    Args:
+        args: of `build_parser`; defaults that depend on others are filled in.
+        meta: leave the model without memory, for a trainer that cuts it into shards.
 
     Raises:
         ValueError, FileNotFoundError: naming the flag whose value does not fit.
@@ -191,9 +195,12 @@ def prepare(args: argparse.Namespace) -> Job:
     )
     resolve_settings(args, rt, dataset)
     vae = load_vae(args.vae_path, device=rt.device)
-    torch.manual_seed(args.seed)  # the same initial weights on every rank
-    with torch.device("meta" if args.dry_run else "cpu"):
-        model = build_model(args, vae.channels or dataset.channels, vae.downsample)
+    model = build_model(args, vae.channels or dataset.channels, vae.downsample)
+    if not meta and not args.dry_run:
+        weights = initial_weights(args, {n: p.shape for n, p in model.named_parameters()})
+        state = model.to_empty(device="cpu").state_dict()
+        for name, value in weights:
+            state[name].copy_(value)
     torch.manual_seed(args.seed + 1 + rt.rank)  # other noise, times and label drops on each
     diffusion = create_diffusion(args.objective, learn_sigma=model.config.learn_sigma)
     run_dir = Path(args.results_dir) / (args.run_name or default_run_name(args))
@@ -201,32 +208,74 @@ def prepare(args: argparse.Namespace) -> Job:
 
 
 def build_model(args: argparse.Namespace, latent_channels: int, downsample: int) -> DiT:
-    """Build the model that the flags describe, with the weights of `--init-from` if given.
+    """Build the model that the flags describe, on the meta device: see `initial_weights`.
 
     Raises:
-        ValueError: if a size does not fit, or the initial weights are of another model.
+        ValueError: if a size does not fit.
     """
     if args.image_size % downsample:
         raise ValueError(f"--image-size {args.image_size} is not a multiple of {downsample}")
     optional = ("num_experts", "num_experts_per_tok", "num_shared_experts", "mlp_ratio", "qk_norm")
     overrides = {name: value for name in optional if (value := getattr(args, name)) is not None}
-    model = DiT_models[args.model](
-        input_size=args.image_size // downsample,
-        in_channels=latent_channels,
-        num_classes=args.num_classes,
-        class_dropout_prob=args.class_dropout_prob,
-        **overrides,
-    )
+    with torch.device("meta"):
+        model = DiT_models[args.model](
+            input_size=args.image_size // downsample,
+            in_channels=latent_channels,
+            num_classes=args.num_classes,
+            class_dropout_prob=args.class_dropout_prob,
+            **overrides,
+        )
     model.grad_checkpointing = args.grad_checkpointing
     if args.flash_attn:
         model.use_flash_attn()
-    if args.init_from and not args.dry_run:
-        source = load_model(args.init_from)
-        try:
-            model.load_state_dict(source.state_dict())
-        except RuntimeError as error:
-            raise ValueError(f"--init-from {args.init_from}: {error}") from error
     return model
+
+
+def compile_blocks(model: DiT) -> None:
+    """Compile every block in place, by `--compile`."""
+    for block in model.blocks:
+        block.compile(fullgraph=True)
+
+
+def initial_weights(
+    args: argparse.Namespace, shapes: Mapping[str, torch.Size]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield each parameter's first value, from `--init-from` or drawn from `--seed`.
+
+    One at a time and the same on every rank, so that a rank can keep its share of each and no
+    rank has to hold them all.
+
+    Args:
+        args: of `build_parser`.
+        shapes: of all parameters.
+
+    Raises:
+        ValueError: if the weights of `--init-from` are of another model.
+    """
+    if not args.init_from:
+        generator = torch.Generator().manual_seed(args.seed)
+        for name, shape in shapes.items():
+            value = torch.empty(shape)
+            initialize_parameter(name, value, generator)
+            yield name, value
+        return
+    missing = set(shapes)
+    for name, value in stream_weights(args.init_from):
+        if shapes.get(name) != value.shape:
+            wanted = tuple(shapes[name]) if name in shapes else "no such tensor"
+            raise ValueError(
+                f"--init-from {args.init_from}: {name} has shape {tuple(value.shape)}, the model "
+                f"that the flags describe has {wanted}"
+            )
+        missing.remove(name)
+        yield name, value.float()
+    if "pos_embed" in missing:  # not saved by diffusers
+        value = torch.empty(shapes["pos_embed"])
+        initialize_parameter("pos_embed", value)
+        missing.remove("pos_embed")
+        yield "pos_embed", value
+    if missing:
+        raise ValueError(f"--init-from {args.init_from} lacks {sorted(missing)[:5]}")
 
 
 # ------------------------------------------------------------------------------ run folder
@@ -287,6 +336,28 @@ def check_resumable(job: Job, path: Path, config: dict[str, Any], settings: dict
             logging.warning("%s: --%s was %s, is %s", path, name.replace("_", "-"), before, now)
 
 
+def restore_rng(
+    job: Job, path: Path, step: int, num_ranks: int, read: Callable[[int], dict[str, Tensor]]
+) -> None:
+    """Restore this rank's generators from a checkpoint, or seed anew if the ranks are others.
+
+    Args:
+        job: of this run.
+        path: of the checkpoint, for messages.
+        step: of the checkpoint.
+        num_ranks: of the run that saved it.
+        read: returns the `runtime.rng_state` that a rank saved.
+    """
+    if num_ranks == job.rt.world_size:
+        runtime.set_rng_state(read(job.rt.rank))
+        return
+    logging.warning(
+        "%s is from %d ranks, this run has %d: noise and label drops go on from new seeds",
+        path, num_ranks, job.rt.world_size,
+    )  # fmt: skip
+    torch.manual_seed(job.args.seed + 1 + job.rt.rank + 1000 * step)
+
+
 def describe(job: Job) -> str:
     """Return the settings and parameter counts that `--dry-run` prints."""
     total, activated = job.model.num_parameters()
@@ -334,7 +405,7 @@ class Reporter:
 
     def __init__(self, job: Job, start_step: int) -> None:
         self.args, self.rt, self.run_dir = job.args, job.rt, job.run_dir
-        self.counter = LoadCounter(job.model)
+        self.counter = LoadCounter(job.model, job.rt.device)
         self.bar = tqdm(
             initial=start_step,
             total=self.args.max_steps,
@@ -430,7 +501,7 @@ def draw_grid(model: nn.Module, job: Job, step: int) -> Path:
     """Sample a grid, one class a column, always from the same noise; the global RNG is left alone.
 
     Args:
-        model: EMA model in eval mode.
+        model: EMA model in eval mode; sharded, it draws on all ranks, and the main one saves.
         job: whose objective, VAE and run folder to use.
         step: names the picture.
     """
@@ -450,8 +521,9 @@ def draw_grid(model: nn.Module, job: Job, step: int) -> Path:
         generator=generator,
     )
     path = job.run_dir / "samples" / f"{step:07d}.png"
-    save_grid(job.vae.decode(latents), path, columns=columns)
-    logging.info("samples: %s", path)
+    if job.rt.is_main:
+        save_grid(job.vae.decode(latents), path, columns=columns)
+        logging.info("samples: %s", path)
     return path
 
 
@@ -479,6 +551,29 @@ class Trainer(Protocol):
         """Draw the sample grid of this step; called on every rank."""
 
 
+class MicroLoss(NamedTuple):
+    """Losses of one micro-batch, each () fp32."""
+
+    total: Tensor  # to differentiate: loss + aux_loss_weight * (sum of the layers' balance losses)
+    loss: Tensor  # of the objective; this and the next are detached, to be logged
+    aux_loss: Tensor  # per layer, 1.0 = even
+
+
+def micro_loss(job: Job, model: nn.Module, batch: Batch) -> MicroLoss:
+    """Run the objective on a micro-batch through the wrapped model."""
+    latents, labels, given = batch
+    out = job.diffusion.training_loss(model, latents, labels, **given)
+    loss = out.per_sample.mean()
+    total = loss + job.args.aux_loss_weight * out.aux_loss
+    return MicroLoss(total, loss.detach(), out.aux_loss.detach() / job.model.config.depth)
+
+
+def mean_losses(losses: list[MicroLoss]) -> dict[str, Tensor]:
+    """Average what a step logs over its micro-batches."""
+    names = ("loss", "aux_loss")
+    return {name: torch.stack([getattr(x, name) for x in losses]).mean() for name in names}
+
+
 def learning_rate(args: argparse.Namespace, step: int) -> float:
     """Return the rate of the step after `step`: linear warm-up, then constant."""
     return args.lr * min(1.0, (step + 1) / max(args.warmup_steps, 1))
@@ -502,13 +597,26 @@ def latent_batches(job: Job, start_step: int) -> Iterator[Batch]:
         yield job.vae.encode(images), labels.to(job.rt.device, non_blocking=True), {}
 
 
-def launch(args: argparse.Namespace, make_trainer: Callable[[Job], Trainer]) -> None:
-    """Run a training script: build everything, resume, train until `--max-steps`."""
+def launch(
+    args: argparse.Namespace,
+    make_trainer: Callable[[Job], Trainer],
+    *,
+    meta: bool = False,
+    plan: Callable[[Job], str] = describe,
+) -> None:
+    """Run a training script: build everything, resume, train until `--max-steps`.
+
+    Args:
+        args: of `build_parser`.
+        make_trainer: the script's own part.
+        meta: see `prepare`.
+        plan: what `--dry-run` prints.
+    """
     try:
-        job = prepare(args)
+        job = prepare(args, meta=meta)
         if args.dry_run:
             if job.rt.is_main:
-                print(describe(job))
+                print(plan(job))
             runtime.finish()
             return
         checkpoint = find_resume(args, job.run_dir)
@@ -535,6 +643,8 @@ def fit(trainer: Trainer) -> None:
         if saves:
             trainer.save()
         if args.sample_every and (step % args.sample_every == 0 or last):
+            counts = reporter.counter.counts.clone()  # a trainer may draw with the counted model
             trainer.draw()
+            reporter.counter.counts.copy_(counts)
     reporter.close()
     logging.info("done: %s is at step %d", job.run_dir, trainer.step)

@@ -1,0 +1,80 @@
+"""How much memory a rank needs, by arithmetic alone: what `train_deepspeed.py --dry-run` prints.
+
+Counted is what stays from step to step, and the largest gather. Not counted: activations, the
+buckets of the engine's configuration, and a step's scratch.
+
+Bytes of one of P parameters, in bf16 or fp16 on N ranks:
+    weights 2, gradients 4 (accumulated in float32), optimizer 12 (float32 weights and Adam's two
+    moments), EMA 4; stage 2 divides all but the weights by N, stage 3 all.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import nn
+
+GIB = 2**30
+STAGES = ("0", "2", "3", "3+offload")
+PERSISTENT = 100_000  # parameters up to this size stay whole under stage 3 (config/zero3.json)
+ALIGNMENT = 4  # elements that DeepSpeed rounds a rank's part of a stage 2 partition up to
+
+
+class Memory(NamedTuple):
+    """Bytes of one rank."""
+
+    weights: int
+    gradients: int
+    optimizer: int  # float32 weights, where they are a copy, and both moments
+    ema: int
+    gather: int  # largest set of whole weights that one layer needs at once
+
+    @property
+    def total(self) -> int:
+        """Return the sum."""
+        return sum(self)
+
+
+def rank_memory(
+    model: nn.Module, stage: int, num_ranks: int, precision: str, persistent: int = PERSISTENT
+) -> Memory:
+    """Count what a rank holds.
+
+    Args:
+        model: may be on the meta device, not yet partitioned.
+        stage: ZeRO 0, 2 or 3; 0 is what train.py needs too, in float32.
+        num_ranks: N.
+        precision: "fp32", "bf16" or "fp16", of weights and gathers.
+        persistent: stage 3 keeps parameters of at most so many elements whole.
+    """
+    width = 4 if precision == "fp32" else 2
+    sizes = [p.numel() for p in model.parameters()]
+    trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    if stage == 0:
+        # Half precision: train.py, autocast over float32 weights.
+        count = sum(trained)
+        return Memory(4 * sum(sizes), 4 * count, 8 * count, 4 * count, 0)
+    if stage == 2:
+        part = -(-sum(trained) // (num_ranks * ALIGNMENT)) * ALIGNMENT
+        return Memory(width * sum(sizes), 4 * part, 12 * part, 4 * part, 0)
+    part = sum(-(-size // num_ranks) for size in trained)
+    weights = sum(-(-size // num_ranks) for size in sizes)
+    whole = sum(size for size in sizes if size <= persistent)
+    own = [sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()]
+    return Memory(width * (weights + whole), 4 * part, 12 * part, 4 * part, width * max(own))
+
+
+def memory_table(model: nn.Module, ranks: Sequence[int], precision: str) -> str:
+    """Return a table of GiB per rank: every stage on every number of ranks."""
+    head = ("ranks", "stage", "weights", "gradients", "optimizer", "EMA", "gather", "GPU", "host")
+    rows = [head]
+    for num_ranks in ranks:
+        for stage in STAGES:
+            memory = rank_memory(model, int(stage[0]), num_ranks, precision)
+            # Offload leaves the gathers and the accumulated gradients on the GPU.
+            gpu = memory.gather + memory.gradients if "offload" in stage else memory.total
+            host = memory.total - memory.gather if "offload" in stage else 0
+            values = [f"{value / GIB:.2f}" for value in (*memory, gpu, host)]
+            rows.append((str(num_ranks), stage, *values))
+    lines = ["  ".join(f"{cell:>9}" for cell in row) for row in rows]
+    title = f"memory per rank in GiB ({precision} under ZeRO), without activations:"
+    return "\n".join([title, *lines])
