@@ -84,8 +84,11 @@ class Process:
 
 def descendants(pid: int) -> list[int]:
     """Return the processes that `pid` started, and those that they started."""
-    children = [int(stat.parent.name) for stat in Path("/proc").glob("[0-9]*/stat")
-                if parent_of(stat) == pid]
+    children = [
+        int(stat.parent.name)
+        for stat in Path("/proc").glob("[0-9]*/stat")
+        if parent_of(stat) == pid
+    ]
     return children + [below for child in children for below in descendants(child)]
 
 
