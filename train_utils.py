@@ -171,6 +171,7 @@ class Job(NamedTuple):
     vae: VAE | Pixels
     diffusion: Diffusion
     model: DiT
+    num_parameters: tuple[int, int]  # total, activated
     run_dir: Path
 
 
@@ -204,7 +205,7 @@ def prepare(args: argparse.Namespace, *, meta: bool = False) -> Job:
     torch.manual_seed(args.seed + 1 + rt.rank)  # other noise, times and label drops on each
     diffusion = create_diffusion(args.objective, learn_sigma=model.config.learn_sigma)
     run_dir = Path(args.results_dir) / (args.run_name or default_run_name(args))
-    return Job(args, rt, dataset, vae, diffusion, model, run_dir)
+    return Job(args, rt, dataset, vae, diffusion, model, model.num_parameters(), run_dir)
 
 
 def build_model(args: argparse.Namespace, latent_channels: int, downsample: int) -> DiT:
@@ -360,7 +361,7 @@ def restore_rng(
 
 def describe(job: Job) -> str:
     """Return the settings and parameter counts that `--dry-run` prints."""
-    total, activated = job.model.num_parameters()
+    total, activated = job.num_parameters
     settings = {k: v for k, v in vars(job.args).items() if k != "class_names"}
     lines = [
         json.dumps(settings, indent=2, sort_keys=True),
@@ -646,5 +647,5 @@ def fit(trainer: Trainer) -> None:
             counts = reporter.counter.counts.clone()  # a trainer may draw with the counted model
             trainer.draw()
             reporter.counter.counts.copy_(counts)
-    reporter.close()
     logging.info("done: %s is at step %d", job.run_dir, trainer.step)
+    reporter.close()

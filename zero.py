@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import socket
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -139,6 +140,7 @@ def join() -> Runtime:
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     rt = runtime.setup()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # Else gloo compiles an operator for a minute, which is used for inference only.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if rt.device.type == "cuda" else "gloo"
