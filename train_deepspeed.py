@@ -86,11 +86,13 @@ class DeepSpeedTrainer:
         for batch in batches:
             losses.append(micro_loss(self.job, self.engine, batch))
             self.engine.backward(losses[-1].total)
+            norm = self.shards.whole_grad_norm()
             self.engine.step()
         with torch.no_grad():  # each rank its own shards: ema += (1 - decay)(weights - ema)
             torch._foreach_lerp_(self.ema, self.shards.flat, 1 - self.args.ema_decay)
         self.step += 1
-        grad_norm = torch.as_tensor(self.engine.get_global_grad_norm(), device=self.rt.device)
+        norm = self.engine.get_global_grad_norm() if norm is None else norm
+        grad_norm = torch.as_tensor(norm, device=self.rt.device)
         return {**mean_losses(losses), "grad_norm": grad_norm}
 
     def save(self) -> None:

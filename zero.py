@@ -132,7 +132,7 @@ def engine_config(args: argparse.Namespace, config: Mapping[str, Any]) -> dict[s
 
 
 def join() -> Runtime:
-    """Join the process group through DeepSpeed; a process that nobody launched is a group of one."""
+    """Join the process group through DeepSpeed; a process that nobody launched is one of one."""
     if "RANK" not in os.environ:
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
@@ -176,9 +176,7 @@ def build_engine(
     else:
         model.to_empty(device=device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=args.lr, weight_decay=args.weight_decay, fused=True
-    )
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=config, dist_init_required=False
     )
@@ -221,9 +219,10 @@ class Shards:
             pairs = enumerate(trained.items())
             self._places = {name: _Place(i, 0, 0, p.numel()) for i, (name, p) in pairs}
         else:
-            self.flat = getattr(
-                self._zero, "single_partition_of_fp32_groups", None
-            ) or self._zero.fp32_groups_flat_partition  # stage 1 in bf16 has its own optimizer
+            self.flat = (
+                getattr(self._zero, "single_partition_of_fp32_groups", None)
+                or self._zero.fp32_groups_flat_partition
+            )  # stage 1 in bf16 has its own optimizer
             maps = {n: p._hp_mapping for n, p in trained.items() if p._hp_mapping is not None}
             self._places = {
                 name: _Place(
@@ -260,6 +259,12 @@ class Shards:
             shard, offset, start, numel = self._places[name]
             piece = value.view(-1)[start : start + numel]
             self.flat[shard].detach().view(-1)[offset : offset + numel].copy_(piece)
+
+    def whole_grad_norm(self) -> Tensor | None:
+        """Return the gradient's norm before a step at stage 0, where the engine keeps none."""
+        if self._stage > 0:
+            return None
+        return nn.utils.get_total_norm([p.grad for p in self.flat if p.grad is not None])
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -1,0 +1,193 @@
+"""Short runs of both trainers on two gloo ranks, all in one launch since each costs 10 seconds.
+
+    torchrun --nproc_per_node=2 tests/deepspeed_worker.py OUT.pt FOLDER
+
+Every case starts from the same random weights and makes the same updates; the main rank writes what
+came out. FOLDER gets the engine files, made from those of config/ with float32 for bfloat16.
+"""
+
+import functools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from launch import REPO
+from torch import Tensor, nn
+from train_worker import FLAGS, NUM_UPDATES, State, global_batch, micro_batches
+
+import runtime
+import zero
+from memory import rank_memory
+from routing import LoadCounter
+from train import DdpTrainer
+from train_deepspeed import DeepSpeedTrainer, build_deepspeed_parser
+from train_utils import initial_weights, prepare
+
+CASES = ("stage 0", "stage 2", "stage 3", "stage 3 + offload")
+FILES = {"stage 2": "zero2", "stage 3": "zero3", "stage 3 + offload": "zero3_offload"}
+PERSISTENT = 1000  # parameters above this are cut under stage 3; the published value cuts no tiny one
+
+
+def engine_file(case: str, folder: Path) -> str:
+    """Write the engine file of a case, without a precision, so that the flag decides."""
+    config: dict[str, Any] = {"zero_optimization": {"stage": 0}}
+    if case in FILES:
+        config = json.loads((REPO / f"config/{FILES[case]}.json").read_text())
+        del config["bf16"]
+        config["zero_optimization"]["reduce_bucket_size"] = 1_000_000
+        if "3" in case:
+            config["zero_optimization"]["stage3_param_persistence_threshold"] = PERSISTENT
+    path = folder / f"{case}.json"
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+def make_trainer(case: str | None, *flags: str) -> DdpTrainer | DeepSpeedTrainer:
+    """Build a trainer (None: train.py's) with the random weights of the DDP tests."""
+    given = [*FLAGS, "--global-batch-size", "8", "--lr", "0.001", "--ema-decay", "0.9", *flags]
+    if case is not None:
+        given += ["--deepspeed-config", engine_file(case, Path(sys.argv[2]))]
+    args = build_deepspeed_parser().parse_args(given)
+    job = prepare(args, meta=case is not None)
+    generator = torch.Generator().manual_seed(1)
+    weights = {
+        name: nn.init.normal_(torch.empty(parameter.shape), std=0.1, generator=generator)
+        for name, parameter in job.model.named_parameters()
+    }
+    if case is None:
+        job.model.load_state_dict(weights)
+        trainer: Any = DdpTrainer(job)
+    else:
+        trainer = DeepSpeedTrainer(job)
+        for name, value in weights.items():
+            trainer.shards.fill(name, value)
+        trainer.shards.refresh()
+        trainer.ema = [shard.detach().clone() for shard in trainer.shards.flat]
+    trainer.optimizer.param_groups[0]["eps"] = 1e-3  # see train_worker.make_updates
+    return trainer
+
+
+def whole(trainer: DeepSpeedTrainer, flat: list[Tensor]) -> State:
+    """Assemble tensors like `shards.flat` from all ranks on the main one."""
+    state = {name: torch.full(trainer.shapes[name], torch.nan) for name in trainer.trained}
+    for fragments in runtime.gather_on_main(list(trainer.shards.fragments(flat))):
+        for name, start, piece in fragments:
+            state[name].view(-1)[start : start + len(piece)] = piece
+    return state
+
+
+def make_updates(case: str | None, *flags: str) -> list[State]:
+    """Return the gradient's norm, all trained weights and their EMA after each update."""
+    trainer = make_trainer(case, *flags)
+    states = []
+    for step in range(NUM_UPDATES):
+        values = trainer.train_step(micro_batches(trainer, global_batch(step, 8)))
+        if isinstance(trainer, DeepSpeedTrainer):
+            weights, ema = whole(trainer, trainer.shards.flat), whole(trainer, trainer.ema)
+        else:
+            weights, ema = trainer.model.state_dict(), trainer.ema.model.state_dict()
+        values |= {f"weights/{name}": value.clone() for name, value in weights.items()}
+        states.append(values | {f"ema/{name}": value.clone() for name, value in ema.items()})
+    return states
+
+
+def initial_difference(case: str) -> float:
+    """Return how far a fresh run's weights are from those that one process draws."""
+    args = build_deepspeed_parser().parse_args(
+        [*FLAGS, "--deepspeed-config", engine_file(case, Path(sys.argv[2]))]
+    )
+    args.global_batch_size = 8
+    job = prepare(args, meta=True)
+    expected = dict(initial_weights(args, {n: p.shape for n, p in job.model.named_parameters()}))
+    trainer = DeepSpeedTrainer(job)
+    weights = whole(trainer, trainer.shards.flat)
+    return max((expected[name] - value).abs().max().item() for name, value in weights.items())
+
+
+def allocated(case: str, precision: str) -> dict[str, Any]:
+    """Return what a rank holds after a backward, and what `rank_memory` says, in bytes."""
+    trainer: Any = make_trainer(case, "--precision", precision)
+    stage = zero.zero_stage(json.loads(Path(trainer.args.deepspeed_config).read_text()))
+    meta = prepare(trainer.args, meta=True).model
+    expected = rank_memory(meta, stage, trainer.rt.world_size, precision, PERSISTENT)
+    trainer.train_step(micro_batches(trainer, global_batch(0, 8)))
+    optimizer, engine = trainer.engine.optimizer, trainer.engine
+    weights = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+               for p in engine.module.parameters()
+               for t in (p, getattr(p, "ds_tensor", p))}  # fmt: skip
+    moments = [state[key] for state in trainer.optimizer.state.values()
+               for key in ("exp_avg", "exp_avg_sq")]  # fmt: skip
+    copies = trainer.shards.flat if stage else []
+    if stage == 3:
+        gradients = optimizer.grad_partitions_flat_buffer.nbytes
+    else:
+        (latents, labels, given), *_ = micro_batches(trainer, global_batch(1, 8))
+        loss = trainer.job.diffusion.training_loss(engine, latents, labels, **given)
+        engine.backward(loss.per_sample.mean())
+        held = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        if stage == 2:
+            held = [t for group in optimizer.averaged_gradients.values() for t in group]
+        gradients = sum(t.nbytes for t in held)
+    found = {
+        "weights": sum(weights.values()),
+        "gradients": gradients,
+        "optimizer": sum(t.nbytes for t in [*moments, *copies]),
+        "ema": sum(t.nbytes for t in trainer.ema),
+    }
+    return {"found": found, "expected": expected._asdict()}
+
+
+def train_on_different_experts(steps: int) -> tuple[list[Tensor], float]:
+    """Make ZeRO-3 steps in which rank r's tokens all go to experts 2r and 2r + 1.
+
+    Returns:
+        Tokens by layer and expert (L, E) of every rank, and the last loss.
+    """
+    trainer: Any = make_trainer("stage 3", "--lr", "0")
+    hidden_size = trainer.job.model.config.hidden_size
+    for name, shape in trainer.shapes.items():
+        value = torch.zeros(shape)
+        if name == "y_embedder.embedding_table.weight":
+            value[:2] = 5 * torch.eye(2, hidden_size)
+        elif name.endswith("adaLN_modulation.1.weight") and name.startswith("blocks"):
+            value.chunk(6)[3].copy_(2 * torch.eye(hidden_size))  # shift of the MLP's input
+        elif name.endswith("router.weight"):
+            value[:2, 0] = value[2:, 1] = 5.0
+        elif name.endswith("proj.weight"):
+            continue
+        trainer.shards.fill(name, value)
+    trainer.shards.refresh()
+    counter = LoadCounter(trainer.job.model)
+    for step in range(steps):
+        batch = global_batch(step, 8)
+        batch["labels"] = torch.tensor([0] * 4 + [1] * 4)
+        batch["drop_mask"] = torch.zeros(8, dtype=torch.bool)
+        loss = trainer.train_step(micro_batches(trainer, batch))["loss"]
+    return runtime.gather_on_main(counter.counts), float(loss)
+
+
+def main(path: str) -> None:
+    """Run every case on all ranks; the first one writes what came out."""
+    zero.join()
+    runtime.setup = functools.cache(runtime.setup)
+    accumulate = ("--accum-steps", "2", "--aux-loss-weight", "0.1", "--clip-grad", "0.5")
+    results: dict[str, Any] = {"updates": {}, "initial difference": {}, "memory": {}}
+    for precision in ("fp32", "bf16"):
+        for case in (None, *CASES):
+            if (case, precision) != ("stage 0", "bf16"):
+                flags = (*accumulate, "--precision", precision)
+                results["updates"][case, precision] = make_updates(case, *flags)
+    for case in CASES[1:]:
+        results["initial difference"][case] = initial_difference(case)
+    for case, precision in (("stage 0", "fp32"), ("stage 2", "bf16"), ("stage 3", "bf16")):
+        results["memory"][case] = allocated(case, precision)
+    results["different experts"] = train_on_different_experts(20)
+    if runtime.setup().is_main:
+        torch.save(results, path)
+    runtime.finish()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
