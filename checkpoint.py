@@ -18,7 +18,6 @@ import pickle
 import re
 import sys
 import zipfile
-from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -350,7 +349,7 @@ def _open_sharded(folder: Path) -> _Source:
     config = DiTConfig.from_dict(checkpoint.state["config"])
     table = sincos_pos_embed(config.input_size // config.patch_size, config.hidden_size)
     frozen = {"pos_embed": table}  # no share holds what is not trained
-    weights = {kind: ChainMap(checkpoint.weights(kind), frozen) for kind in ("model", "ema")}
+    weights = {kind: checkpoint.weights(kind, frozen) for kind in ("model", "ema")}
     return _Source(weights, config, checkpoint.state["settings"])
 
 

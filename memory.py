@@ -66,7 +66,7 @@ def rank_memory(
 def memory_table(model: nn.Module, ranks: Sequence[int], precision: str) -> str:
     """Return a table of GiB per rank: every stage on every number of ranks."""
     head = ("ranks", "stage", "weights", "gradients", "optimizer", "EMA", "gather", "GPU", "host")
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for num_ranks in ranks:
         for stage in STAGES:
             memory = rank_memory(model, int(stage[0]), num_ranks, precision)

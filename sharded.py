@@ -67,7 +67,7 @@ def write_safetensors(
         for name in shapes:
             tensor = tensors[name].detach().cpu().contiguous()
             assert DTYPES[tensor.dtype] == header[name]["dtype"], name
-            file.write(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+            file.write(tensor.view(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
 
@@ -166,7 +166,10 @@ def latest_sharded(run_dir: str | Path) -> Path | None:
     if not pointer.is_file():
         return None
     folder = pointer.parent / pointer.read_text().strip()
-    return folder if folder.is_dir() else (_folders(pointer.parent) or [None])[-1]
+    if folder.is_dir():
+        return folder
+    folders = _folders(pointer.parent)
+    return folders[-1] if folders else None
 
 
 class ShardedCheckpoint:
@@ -230,22 +233,32 @@ class ShardedCheckpoint:
             raise ValueError(f"{self.folder} holds {found} of {numel} elements of {kind}/{name}")
         return out
 
-    def weights(self, kind: str) -> Mapping[str, Tensor]:
-        """Return the "model" or "ema" as a mapping that assembles each tensor when asked for it."""
-        return _Weights(self, kind)
+    def weights(self, kind: str, frozen: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return a state dict that assembles each tensor when asked for it.
+
+        Args:
+            kind: "model" or "ema".
+            frozen: what is not trained, and so in no share.
+        """
+        return _Weights(self, kind, frozen)
 
 
 class _Weights(Mapping[str, Tensor]):
-    """State dict that reads from shares; see `ShardedCheckpoint.weights`."""
+    """See `ShardedCheckpoint.weights`."""
 
-    def __init__(self, checkpoint: ShardedCheckpoint, kind: str) -> None:
-        self._checkpoint, self._kind = checkpoint, kind
+    def __init__(
+        self, checkpoint: ShardedCheckpoint, kind: str, frozen: Mapping[str, Tensor]
+    ) -> None:
+        self._checkpoint, self._kind, self._frozen = checkpoint, kind, frozen
 
     def __getitem__(self, name: str) -> Tensor:
+        if name in self._frozen:
+            return self._frozen[name]
         return self._checkpoint.read(self._kind, name).view(self._checkpoint.shapes[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._checkpoint.shapes)
+        yield from self._frozen
+        yield from self._checkpoint.shapes
 
     def __len__(self) -> int:
-        return len(self._checkpoint.shapes)
+        return len(self._frozen) + len(self._checkpoint.shapes)

@@ -305,7 +305,7 @@ class Shards:
         self.refresh()
 
 
-def _places_of_stage_3(groups: list[list[nn.Parameter]], rank: int) -> dict[nn.Parameter, _Place]:
+def _places_of_stage_3(groups: list[list[Any]], rank: int) -> dict[nn.Parameter, _Place]:
     """Find the pieces: each parameter is cut evenly over the ranks, the last one is padded."""
     places = {}
     for shard, group in enumerate(groups):

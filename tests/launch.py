@@ -67,10 +67,10 @@ class Process:
                 command, cwd=REPO, env=environment, stdout=output, stderr=subprocess.STDOUT
             )
 
-    def wait(self) -> str:
+    def wait(self, seconds: float = TIMEOUT_SECONDS) -> str:
         """Wait for its end, which must be a success, and return its output."""
         try:
-            code = self.popen.wait(TIMEOUT_SECONDS)
+            code = self.popen.wait(seconds)
         except subprocess.TimeoutExpired:
             self.kill()
             code = -1

@@ -1,0 +1,381 @@
+"""ZeRO changes where things are kept, not what is trained: the real engine on two gloo ranks."""
+
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed_worker import CASES, engine_file
+from launch import REPO, TINY_RUN, Process, descendants, free_port, save_tiny_vae, torchrun
+from PIL import Image
+from torch.testing import assert_close
+
+import zero
+from checkpoint import export, latest_checkpoint, load_checkpoint, load_model
+from sharded import ShardedCheckpoint
+from train_utils import build_parser, draw_grid, prepare
+
+CKPT_EVERY, MAX_STEPS = 3, 9
+RUN = (*TINY_RUN, "--ckpt-every", str(CKPT_EVERY), "--log-every", "1")
+FULL_RUN = (*RUN, "--max-steps", str(MAX_STEPS))
+
+
+def checkpoint(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"{step:07d}"
+
+
+def command(folder: Path, *flags: str, case: str = "stage 3") -> list[str]:
+    """Return the script and its flags: a run in `folder` with the engine file of a case."""
+    return [
+        *("train_deepspeed.py", "--deepspeed-config", engine_file(case, folder)),
+        *("--results-dir", str(folder), *flags),
+    ]
+
+
+def assert_same_end(run: Path, expected: Path) -> None:
+    """Compare all that the ranks saved at the end, bit for bit."""
+    for rank in range(2):
+        ours, theirs = (
+            checkpoint(r, MAX_STEPS) / f"{rank:05d}.safetensors" for r in (run, expected)
+        )
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+# ------------------------------------------------------------------------------ equal to train.py
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("worker")
+    worker = torchrun(str(REPO / "tests/deepspeed_worker.py"), str(folder / "out.pt"), str(folder))
+    Process(worker, folder / "log.txt").wait(seconds=600)
+    return torch.load(folder / "out.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_stage_makes_the_updates_and_the_ema_of_train_py(
+    case: str, on_two_ranks: dict[str, Any]
+) -> None:
+    updates = on_two_ranks["updates"]
+    for ours, theirs in zip(updates[case, "fp32"], updates[None, "fp32"], strict=True):
+        assert_close(ours, {name: theirs[name] for name in ours}, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES[1:])
+def test_every_stage_makes_the_updates_of_train_py_in_bfloat16_to_its_precision(
+    case: str, on_two_ranks: dict[str, Any]
+) -> None:
+    (first, last), (_, expected) = (on_two_ranks["updates"][key, "bf16"] for key in (case, None))
+    weights = [name for name in last if name.startswith(("weights", "ema"))]
+    moved = torch.cat([(last[n] - first[n]).flatten() for n in weights]).norm()
+    error = torch.cat([(last[n] - expected[n]).flatten() for n in weights]).norm()
+    assert error < 0.05 * moved
+    assert_close(last["loss"], expected["loss"], rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("case", CASES[1:])
+def test_sharded_building_draws_the_weights_of_one_process(
+    case: str, on_two_ranks: dict[str, Any]
+) -> None:
+    assert on_two_ranks["initial difference"][case] == 0.0
+
+
+def test_ranks_with_different_experts_train_20_zero_3_steps(on_two_ranks: dict[str, Any]) -> None:
+    (first, second), loss = on_two_ranks["different experts"]  # (L, E) each
+    assert (first[:, 2:] == 0).all() and (second[:, :2] == 0).all()
+    assert first.sum() == second.sum() > 0
+    assert loss > 0
+
+
+@pytest.mark.parametrize("case", ["stage 0", "stage 2", "stage 3"])
+def test_the_memory_plan_is_what_a_run_holds(case: str, on_two_ranks: dict[str, Any]) -> None:
+    memory = on_two_ranks["memory"][case]
+    assert memory["found"] == {name: memory["expected"][name] for name in memory["found"]}
+
+
+# ------------------------------------------------------------------------------ checkpoints
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train two ZeRO-3 ranks to the end, which draws with the averaged weights."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    flags = (*FULL_RUN, "--sample-every", str(MAX_STEPS), "--keep-last", "2")
+    output = Process(torchrun(*command(folder, *flags)), folder / "log.txt").wait()
+    assert "872,840 total" in output
+    return folder / "run"
+
+
+def test_the_last_checkpoints_are_kept_and_latest_names_the_last(undisturbed: Path) -> None:
+    names = sorted(item.name for item in (undisturbed / "checkpoints").iterdir())
+    assert names == ["0000006", "0000009", "latest"]
+    assert latest_checkpoint(undisturbed) == checkpoint(undisturbed, MAX_STEPS)
+
+
+def test_an_exported_file_draws_the_picture_of_the_runs_own_ema(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    export(undisturbed, tmp_path / "ema.safetensors", ema=True)
+    model = load_model(tmp_path / "ema.safetensors")
+    job = prepare(build_parser(None).parse_args([*FULL_RUN, "--results-dir", str(tmp_path)]))
+    ours = Image.open(draw_grid(model, job, MAX_STEPS))
+    theirs = Image.open(undisturbed / "samples" / f"{MAX_STEPS:07d}.png")
+    assert ours.tobytes() == theirs.tobytes()
+    assert_close(load_model(undisturbed).state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_an_export_is_ema_or_weights_and_has_every_tensor(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    states = {}
+    for ema in (True, False):
+        export(undisturbed, tmp_path / "out.safetensors", ema=ema)
+        states[ema] = load_model(tmp_path / "out.safetensors", ema=False).state_dict()
+    assert states[True].keys() == states[False].keys()
+    assert not torch.equal(states[True]["x_embedder.proj.weight"],
+                           states[False]["x_embedder.proj.weight"])  # fmt: skip
+
+
+def losses(log: str) -> dict[int, float]:
+    """Return the loss by step from a run's log."""
+    return {int(s): float(v) for s, v in re.findall(r"step (\d+): loss ([\d.]+)", log)}
+
+
+def test_one_rank_continues_two_ranks_run_and_at_another_stage(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    # At a rate of zero the weights stay those of the checkpoint, and the loss is theirs.
+    start = checkpoint(undisturbed, 6)
+    flags = (*RUN, "--max-steps", "8", "--lr", "0", "--resume", str(start))
+    script = command(tmp_path, *flags, case="stage 2")
+    output = Process([sys.executable, *script], tmp_path / "log.txt").wait()
+    assert f"{start} is from 2 ranks, this run has 1" in output
+    ours, theirs = ShardedCheckpoint(checkpoint(tmp_path / "run", 8)), ShardedCheckpoint(start)
+    for name in theirs.shapes:
+        assert torch.equal(ours.read("model", name), theirs.read("model", name))
+    expected = losses((undisturbed / "log.txt").read_text())
+    assert losses(output)[7] == pytest.approx(expected[7], rel=0.2)
+    assert losses(output)[7] < expected[1]
+
+
+def kill_a_rank(process: Process, run: Path, moment: str) -> float:
+    """Kill one of two ranks: at a random moment after the first checkpoint, or while it saves.
+
+    Returns:
+        When, in seconds of the monotonic clock.
+    """
+    seed = int(os.environ.get("KILL_SEED", time.time_ns() % 10**6))
+    draw = random.Random(seed)
+    step, delay, rank = (
+        draw.randint(CKPT_EVERY, MAX_STEPS - 3),
+        draw.uniform(0, 0.3),
+        draw.choice([0, 1]),
+    )
+    print(f"KILL_SEED={seed}: SIGKILL of rank {rank} {delay:.3f} s after step {step}")
+    log, saving = run / "log.txt", run / "checkpoints" / f"{2 * CKPT_EVERY:07d}.partial"
+    deadline = time.monotonic() + 180
+    while not (
+        saving.exists() if moment == "saving"
+        else log.exists() and f"step {step}:" in log.read_text()
+    ):  # fmt: skip
+        assert time.monotonic() < deadline and process.popen.poll() is None
+        time.sleep(0.001)
+    time.sleep(delay if moment == "random" else 0)
+    os.kill(descendants(process.popen.pid)[rank], signal.SIGKILL)
+    return time.monotonic()
+
+
+def test_a_killed_rank_ends_the_other_and_a_restart_reaches_the_same_weights(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    launched = torchrun("--max-restarts=1", *command(tmp_path, *FULL_RUN))
+    process = Process(launched, tmp_path / "log.txt")
+    kill_a_rank(process, tmp_path / "run", "random")
+    assert "resumed" in process.wait()
+    assert_same_end(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["random", "saving"])
+def test_a_rank_killed_at_any_moment_ends_the_run_and_the_same_command_continues(
+    moment: str, undisturbed: Path, tmp_path: Path
+) -> None:
+    launched = torchrun(*command(tmp_path, *FULL_RUN))
+    process = Process(launched, tmp_path / "killed.txt")
+    killed = kill_a_rank(process, tmp_path / "run", moment)
+    assert process.popen.wait(60) != 0 and time.monotonic() - killed < 60
+    assert "resumed" in Process(launched, tmp_path / "resumed.txt").wait()
+    assert_same_end(tmp_path / "run", undisturbed)
+
+
+def test_a_full_disk_ends_the_run_says_so_and_leaves_the_last_checkpoint(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(undisturbed, tmp_path / "run"))
+    flags = (*RUN, "--max-steps", str(MAX_STEPS + 1))
+    process = Process(torchrun(*command(tmp_path, *flags)), tmp_path / "log.txt")
+    while len(ranks := descendants(process.popen.pid)) < 2:
+        time.sleep(0.01)
+    resource.prlimit(ranks[1], resource.RLIMIT_FSIZE, (10**6, 10**6))  # a disk that fills up
+    assert process.popen.wait(180) != 0
+    last = checkpoint(run, MAX_STEPS)
+    said = rf"could not write .*0000010.partial/00001.*; the last whole checkpoint is {last}"
+    assert re.search(said, process.log.read_text())
+    assert latest_checkpoint(run) == last and not list(run.glob("checkpoints/*.partial"))
+    assert_same_end(run, undisturbed)
+
+
+def test_the_trainers_refuse_each_others_checkpoints(undisturbed: Path) -> None:
+    with pytest.raises(ValueError, match=r"sharded checkpoint: resume it with train_deepspeed"):
+        load_checkpoint(checkpoint(undisturbed, MAX_STEPS))
+
+
+def test_a_missing_share_is_named(undisturbed: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(checkpoint(undisturbed, MAX_STEPS), tmp_path / "copy"))
+    (copy / "00001.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"incomplete: no 00001\.safetensors"):
+        ShardedCheckpoint(copy)
+
+
+# ------------------------------------------------------------------------------ commands
+
+
+@pytest.fixture(scope="module")
+def published_flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Return the published command's flags with our paths and sizes."""
+    folder = tmp_path_factory.mktemp("inputs")
+    for label in range(2):
+        (folder / "images" / str(label)).mkdir(parents=True)
+        for index in range(2):
+            Image.new("RGB", (64, 64), (80 * label, 90 * index, 0)).save(
+                folder / "images" / str(label) / f"{index}.png"
+            )
+    return [
+        *("--model", "DiT-Ti/2", "--num_experts", "8", "--num_experts_per_tok", "2"),
+        *("--data-path", str(folder / "images"), "--vae-path", str(save_tiny_vae(folder / "vae"))),
+        *("--train_batch_size", "4", "--image-size", "64", "--num-workers", "0"),
+        *("--max-steps", "2", "--sample-every", "0", "--run-name", "run"),
+    ]
+
+
+def test_the_published_command_runs_with_torch_distributed_launch(
+    published_flags: list[str], tmp_path: Path
+) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.launch", "--nnodes=1"]
+    script = ["train_deepspeed.py", "--deepspeed_config", "config/zero2.json", *published_flags]
+    ours = ["--results-dir", str(tmp_path), "--rf", "True"]
+    Process([*launcher, "--nproc_per_node=2", *script, *ours], tmp_path / "log.txt").wait()
+    state = ShardedCheckpoint(checkpoint(tmp_path / "run", 2)).state
+    assert state["settings"]["objective"] == "rf" and state["num_ranks"] == 2
+    assert state["settings"]["local_rank"] is not None
+
+
+@pytest.mark.slow
+def test_the_deepspeed_launcher_runs_zero_3_with_offload(
+    published_flags: list[str], tmp_path: Path
+) -> None:
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus=2"]
+    address = ["--master_port", free_port()]
+    script = [
+        *("train_deepspeed.py", "--deepspeed_config", "config/zero3_offload.json"),
+        *("--grad-checkpointing", "--rf"),
+    ]
+    flags = [*script, *published_flags, "--results-dir", str(tmp_path)]
+    Process([*launcher, *address, *flags], tmp_path / "log.txt").wait()
+    assert ShardedCheckpoint(checkpoint(tmp_path / "run", 2)).state["num_ranks"] == 2
+
+
+def test_a_dry_run_plans_g_for_several_numbers_of_ranks(
+    published_flags: list[str], tmp_path: Path
+) -> None:
+    flags = [*published_flags, "--model", "DiT-G/2", "--num_experts", "16"]
+    sizes = ["--num-classes", "1000", "--image-size", "256", "--train_batch_size", "64"]
+    ours = ["--results-dir", str(tmp_path / "none"), "--dry-run", "--plan-ranks", "8", "64"]
+    script = [sys.executable, "train_deepspeed.py", *flags, *sizes, *ours]
+    output = Process(script, tmp_path / "log.txt").wait()
+    assert "parameters: 16,503,731,232 total, 3,182" in output
+    table = [line.split() for line in output.splitlines()]
+    assert [row[:2] for row in table if row[1:2] == ["3"]] == [["8", "3"], ["64", "3"]]
+    assert not (tmp_path / "none").exists()
+
+
+# ------------------------------------------------------------------------------ engine files
+
+
+def flags_of(path: Path, **changes: Any) -> Namespace:
+    given = {"global_batch_size": 8, "micro_batch_size": 4, "accum_steps": 1, "clip_grad": 1.0}
+    others = {"precision": None, "compile": False, "lr": 1e-4}
+    return Namespace(**{"deepspeed_config": str(path), **given, **others, **changes})
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[Any]:
+    """Yield a function that writes an engine file and returns its path."""
+
+    def write(content: dict[str, Any]) -> Path:
+        (tmp_path / "engine.json").write_text(json.dumps(content))
+        return tmp_path / "engine.json"
+
+    yield write
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3", "zero3_offload"])
+def test_our_engine_files_are_strict_json_of_zero_and_precision(name: str) -> None:
+    config = json.loads((REPO / f"config/{name}.json").read_text())
+    assert set(config) == {"bf16", "data_types", "zero_optimization"}
+    assert zero.read_config(REPO / f"config/{name}.json") == config
+
+
+@pytest.mark.parametrize(
+    ("key", "flag", "value"),
+    [
+        ("train_batch_size", "--global-batch-size is 8", 16),
+        ("train_micro_batch_size_per_gpu", "--micro-batch-size is 4", 1),
+        ("gradient_accumulation_steps", "--accum-steps is 1", 2),
+        ("gradient_clipping", "--clip-grad is 1.0", 0.1),
+    ],
+)
+def test_a_file_that_contradicts_a_flag_is_refused(
+    key: str, flag: str, value: float, file: Any
+) -> None:
+    path = file({key: value})
+    with pytest.raises(ValueError, match=rf"engine\.json has {key} {value}, but {flag}"):
+        zero.engine_config(flags_of(path, precision="fp32"), zero.read_config(path))
+
+
+def test_a_file_with_an_optimizer_or_no_json_is_refused(file: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has 'optimizer', but the flags own"):
+        zero.read_config(file({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}))
+    path = tmp_path / "comment.json"
+    path.write_text('{"train_batch_size": 8, // eight\n}')
+    with pytest.raises(ValueError, match=r"comment\.json is no JSON: .*line 1"):
+        zero.read_config(path)
+    with pytest.raises(FileNotFoundError, match=r"--deepspeed-config nowhere: no such file"):
+        zero.read_config("nowhere")
+
+
+def test_the_file_owns_the_precision_and_a_contradiction_is_refused(file: Any) -> None:
+    path = file({"bf16": {"enabled": True}})
+    with pytest.raises(ValueError, match=r"--precision fp32, but .* enables bf16"):
+        zero.resolve_precision(flags_of(path, precision="fp32"), zero.read_config(path))
+
+
+def test_hardware_without_the_files_precision_gets_another(
+    file: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.pick_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("runtime.has_fast_bf16", lambda device: False)
+    args = flags_of(file({"bf16": {"enabled": True}}))
+    wanted = zero.resolve_precision(args, zero.read_config(args.deepspeed_config))
+    assert (wanted, args.precision) == ("bf16", "fp32")
