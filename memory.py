@@ -35,7 +35,13 @@ class Memory(NamedTuple):
 
 
 def rank_memory(
-    model: nn.Module, stage: int, num_ranks: int, precision: str, persistent: int = PERSISTENT
+    model: nn.Module,
+    stage: int,
+    num_ranks: int,
+    precision: str,
+    *,
+    offload: bool = False,
+    persistent: int = PERSISTENT,
 ) -> Memory:
     """Count what a rank holds.
 
@@ -44,6 +50,8 @@ def rank_memory(
         stage: ZeRO 0, 2 or 3; 0 is what train.py needs too, in float32.
         num_ranks: N.
         precision: "fp32", "bf16" or "fp16", of weights and gathers.
+        offload: stage 3 with optimizer and weights in host memory: all but the gather is there,
+            and the gradients twice, as accumulated and as the optimizer reads them.
         persistent: stage 3 keeps parameters of at most so many elements whole.
     """
     width = 4 if precision == "fp32" else 2
@@ -60,7 +68,8 @@ def rank_memory(
     weights = sum(-(-size // num_ranks) for size in sizes)
     whole = sum(size for size in sizes if size <= persistent)
     own = [sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()]
-    return Memory(width * (weights + whole), 4 * part, 12 * part, 4 * part, width * max(own))
+    gradients = (8 if offload else 4) * part
+    return Memory(width * (weights + whole), gradients, 12 * part, 4 * part, width * max(own))
 
 
 def memory_table(model: nn.Module, ranks: Sequence[int], precision: str) -> str:
@@ -69,10 +78,10 @@ def memory_table(model: nn.Module, ranks: Sequence[int], precision: str) -> str:
     rows: list[tuple[str, ...]] = [head]
     for num_ranks in ranks:
         for stage in STAGES:
-            memory = rank_memory(model, int(stage[0]), num_ranks, precision)
-            # Offload leaves the gathers and the accumulated gradients on the GPU.
-            gpu = memory.gather + memory.gradients if "offload" in stage else memory.total
-            host = memory.total - memory.gather if "offload" in stage else 0
+            offload = "offload" in stage
+            memory = rank_memory(model, int(stage[0]), num_ranks, precision, offload=offload)
+            gpu = memory.gather if offload else memory.total
+            host = memory.total - gpu
             values = [f"{value / GIB:.2f}" for value in (*memory, gpu, host)]
             rows.append((str(num_ranks), stage, *values))
     lines = ["  ".join(f"{cell:>9}" for cell in row) for row in rows]

@@ -51,7 +51,15 @@ def setup() -> Runtime:
     if "RANK" not in os.environ:
         return Runtime(0, 1, device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # torchrun's --max-restarts keeps the store, with the addresses of the dead, on one node.
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore(f"attempt_{attempt}", store),
+            rank=rank,
+            world_size=world_size,
+        )
     return Runtime(dist.get_rank(), dist.get_world_size(), device)
 
 

@@ -6,10 +6,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 wanted=$(cat requirements*.txt | cksum)
 if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
-  echo "setup: installing requirements.txt and requirements-dev.txt into .venv (some minutes)"
+  echo "setup: installing requirements.txt, -deepspeed.txt and -dev.txt into .venv (some minutes)"
   "${PYTHON:-python3}" -m venv .venv
   .venv/bin/pip install --quiet --disable-pip-version-check \
-    -r requirements.txt -r requirements-dev.txt
+    -r requirements.txt -r requirements-deepspeed.txt -r requirements-dev.txt
   echo "$wanted" > .venv/installed
 fi
 # shellcheck disable=SC1091

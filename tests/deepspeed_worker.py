@@ -113,7 +113,14 @@ def allocated(case: str, precision: str) -> dict[str, Any]:
     trainer: Any = make_trainer(case, "--precision", precision)
     stage = zero.zero_stage(json.loads(Path(trainer.args.deepspeed_config).read_text()))
     meta = prepare(trainer.args, meta=True).model
-    expected = rank_memory(meta, stage, trainer.rt.world_size, precision, PERSISTENT)
+    expected = rank_memory(
+        meta,
+        stage,
+        trainer.rt.world_size,
+        precision,
+        offload="offload" in case,
+        persistent=PERSISTENT,
+    )
     trainer.train_step(micro_batches(trainer, global_batch(0, 8)))
     optimizer, engine = trainer.engine.optimizer, trainer.engine
     weights = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
@@ -124,6 +131,7 @@ def allocated(case: str, precision: str) -> dict[str, Any]:
     copies = trainer.shards.flat if stage else []
     if stage == 3:
         gradients = optimizer.grad_partitions_flat_buffer.nbytes
+        gradients += sum(shard.grad.nbytes for shard in copies if shard.grad is not None)
     else:
         (latents, labels, given), *_ = micro_batches(trainer, global_batch(1, 8))
         loss = trainer.job.diffusion.training_loss(engine, latents, labels, **given)
@@ -183,8 +191,8 @@ def main(path: str) -> None:
                 results["updates"][case, precision] = make_updates(case, *flags)
     for case in CASES[1:]:
         results["initial difference"][case] = initial_difference(case)
-    for case, precision in (("stage 0", "fp32"), ("stage 2", "bf16"), ("stage 3", "bf16")):
-        results["memory"][case] = allocated(case, precision)
+    for case in CASES:
+        results["memory"][case] = allocated(case, "bf16" if "0" not in case else "fp32")
     results["different experts"] = train_on_different_experts(20)
     if runtime.setup().is_main:
         torch.save(results, path)

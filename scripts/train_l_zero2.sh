@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Train DiT-L/2-8E2A with ZeRO-2: DATA=/path/to/imagenet/train bash scripts/train_l_zero2.sh
+# Several nodes: also set NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT on each. Flags pass through.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+torchrun --nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}" \
+  --master_addr="${MASTER_ADDR:-localhost}" --master_port="${MASTER_PORT:-29500}" \
+  --nproc_per_node="${GPUS:-8}" \
+  train_deepspeed.py --deepspeed-config config/zero2.json \
+  --model DiT-L/2 --num-experts 8 --num-experts-per-tok 2 --rf \
+  --data-path "${DATA:?set DATA to the folder of training images, one folder a class}" \
+  --image-size 256 --global-batch-size 1024 --micro-batch-size 32 --grad-checkpointing "$@"
