@@ -164,7 +164,7 @@ def kill_at_random(process: Process, run: Path) -> None:
     """Kill the run at a random moment after its first checkpoint; KILL_SEED repeats it."""
     seed = int(os.environ.get("KILL_SEED", time.time_ns() % 10**6))
     draw = random.Random(seed)
-    step, delay = draw.randint(CKPT_EVERY, MAX_STEPS - 10), draw.uniform(0, 0.05)
+    step, delay = draw.randint(CKPT_EVERY + 1, MAX_STEPS - 10), draw.uniform(0, 0.05)
     print(f"KILL_SEED={seed}: SIGKILL {delay:.3f} s after step {step}")
     process.kill_at_step(run / "log.txt", step, delay)
     assert not checkpoint_path(run, MAX_STEPS).exists()
