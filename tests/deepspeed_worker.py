@@ -19,11 +19,12 @@ from train_worker import FLAGS, NUM_UPDATES, State, global_batch, micro_batches
 
 import runtime
 import zero
+from checkpoint import save_safetensors
 from memory import rank_memory
 from routing import LoadCounter
 from train import DdpTrainer
 from train_deepspeed import DeepSpeedTrainer, build_deepspeed_parser
-from train_utils import initial_weights, prepare
+from train_utils import build_parser, initial_weights, prepare
 
 CASES = ("stage 0", "stage 2", "stage 3", "stage 3 + offload")
 FILES = {"stage 2": "zero2", "stage 3": "zero3", "stage 3 + offload": "zero3_offload"}
@@ -95,17 +96,26 @@ def make_updates(case: str | None, *flags: str) -> list[State]:
     return states
 
 
-def initial_difference(case: str) -> float:
-    """Return how far a fresh run's weights are from those that one process draws."""
+def initial_difference(case: str, *flags: str) -> float:
+    """Return how far a fresh run's weights are from those that one process starts with."""
+    engine = ("--deepspeed-config", engine_file(case, Path(sys.argv[2])))
     args = build_deepspeed_parser().parse_args(
-        [*FLAGS, "--deepspeed-config", engine_file(case, Path(sys.argv[2]))]
+        [*FLAGS, *engine, "--global-batch-size", "8", *flags]
     )
-    args.global_batch_size = 8
     job = prepare(args, meta=True)
     expected = dict(initial_weights(args, {n: p.shape for n, p in job.model.named_parameters()}))
     trainer = DeepSpeedTrainer(job)
     weights = whole(trainer, trainer.shards.flat)
     return max((expected[name] - value).abs().max().item() for name, value in weights.items())
+
+
+def save_random_model(path: Path) -> None:
+    """Write the weights of another seed, for `--init-from`."""
+    args = build_parser(None).parse_args([*FLAGS, "--global-batch-size", "8", "--seed", "5"])
+    job = prepare(args)
+    if job.rt.is_main:
+        save_safetensors(path, job.model.state_dict(), job.model.config, {})
+    runtime.barrier()
 
 
 def allocated(case: str, precision: str) -> dict[str, Any]:
@@ -191,6 +201,11 @@ def main(path: str) -> None:
                 results["updates"][case, precision] = make_updates(case, *flags)
     for case in CASES[1:]:
         results["initial difference"][case] = initial_difference(case)
+    random_model = Path(sys.argv[2]) / "random.safetensors"
+    save_random_model(random_model)
+    results["initial difference"]["--init-from"] = initial_difference(
+        "stage 3", "--init-from", str(random_model)
+    )
     for case in CASES:
         results["memory"][case] = allocated(case, "bf16" if "0" not in case else "fp32")
     results["different experts"] = train_on_different_experts(20)

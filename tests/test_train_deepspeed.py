@@ -23,6 +23,7 @@ from torch.testing import assert_close
 
 import zero
 from checkpoint import export, latest_checkpoint, load_checkpoint, load_model
+from memory import GIB
 from sharded import ShardedCheckpoint
 from train_utils import build_parser, draw_grid, prepare
 
@@ -84,8 +85,8 @@ def test_every_stage_makes_the_updates_of_train_py_in_bfloat16_to_its_precision(
     assert_close(last["loss"], expected["loss"], rtol=1e-2, atol=0)
 
 
-@pytest.mark.parametrize("case", CASES[1:])
-def test_sharded_building_draws_the_weights_of_one_process(
+@pytest.mark.parametrize("case", [*CASES[1:], "--init-from"])
+def test_sharded_building_starts_from_the_weights_of_one_process(
     case: str, on_two_ranks: dict[str, Any]
 ) -> None:
     assert on_two_ranks["initial difference"][case] == 0.0
@@ -308,6 +309,26 @@ def test_a_dry_run_plans_g_for_several_numbers_of_ranks(
     table = [line.split() for line in output.splitlines()]
     assert [row[:2] for row in table if row[1:2] == ["3"]] == [["8", "3"], ["64", "3"]]
     assert not (tmp_path / "none").exists()
+
+
+# ------------------------------------------------------------------------------ a big model
+
+
+@pytest.mark.slow
+def test_a_billion_parameters_step_on_two_ranks_with_half_of_a_whole_copy_each(
+    tmp_path: Path,
+) -> None:
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if available < 22 * GIB:
+        pytest.skip(f"needs 22 GiB of free memory, there are {available / GIB:.1f}")
+    worker = torchrun(str(REPO / "tests/big_model_worker.py"), str(tmp_path))
+    Process(worker, tmp_path / "log.txt").wait(seconds=1200)
+    for rank in range(2):
+        figures = json.loads((tmp_path / f"{rank}.json").read_text())
+        # Whole, in float32: weights, gradients, both moments and the EMA take 20 bytes a parameter.
+        assert figures["parameters"] > 10**9
+        assert figures["built"] - figures["start"] < 8 * figures["parameters"]
+        assert figures["stepped"] < 13 * figures["parameters"]
 
 
 # ------------------------------------------------------------------------------ engine files

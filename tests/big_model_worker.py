@@ -1,0 +1,59 @@
+"""Build a model of over a billion parameters under ZeRO-3, make one step, say how much it took.
+
+    torchrun --nproc_per_node=2 tests/big_model_worker.py FOLDER
+
+Needs about 21 GiB on two ranks. FOLDER gets the engine file: config/zero3.json with gradients
+accumulated in bfloat16 and small buckets, since both ranks share one machine's memory.
+"""
+
+import json
+import resource
+import sys
+from itertools import islice
+from pathlib import Path
+
+from launch import REPO
+
+import zero
+from train_deepspeed import DeepSpeedTrainer, build_deepspeed_parser
+from train_utils import latent_batches, prepare
+
+
+def peak() -> float:
+    """Return the largest resident size of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main(folder: Path) -> None:
+    """Build, step and write `FOLDER/RANK.json`."""
+    Path("/proc/self/oom_score_adj").write_text("1000")  # rather this than anybody else
+    config = json.loads((REPO / "config/zero3.json").read_text())
+    del config["data_types"]
+    small = ("reduce_bucket_size", "sub_group_size", "stage3_prefetch_bucket_size")
+    small += ("stage3_max_live_parameters", "stage3_max_reuse_distance")
+    config["zero_optimization"] |= dict.fromkeys(small, 20_000_000)
+    (folder / "engine.json").write_text(json.dumps(config))
+    flags = [
+        *("--data-path", "digits", "--model", "DiT-B/2", "--rf", "--grad-checkpointing"),
+        *("--num-experts", "10", "--mlp-ratio", "4.17", "--global-batch-size", "2"),
+        *("--deepspeed-config", str(folder / "engine.json"), "--precision", "bf16"),
+    ]
+    rt = zero.join()
+    start = peak()
+    trainer = DeepSpeedTrainer(prepare(build_deepspeed_parser().parse_args(flags), meta=True))
+    built = peak()
+    values = trainer.train_step(islice(latent_batches(trainer.job, 0), 1))
+    figures = {
+        "parameters": trainer.job.num_parameters[0],
+        "start": start,
+        "built": built,
+        "stepped": peak(),
+        **{name: float(value) for name, value in values.items()},
+    }
+    (folder / f"{rt.rank}.json").write_text(json.dumps(figures))
+    print(figures)
+    zero.runtime.finish()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
