@@ -92,7 +92,7 @@ class DeepSpeedTrainer:
             torch._foreach_lerp_(self.ema, self.shards.flat, 1 - self.args.ema_decay)
         self.step += 1
         norm = self.engine.get_global_grad_norm() if norm is None else norm
-        grad_norm = torch.as_tensor(norm, device=self.rt.device)
+        grad_norm = torch.as_tensor(norm, dtype=torch.float32, device=self.rt.device)
         return {**mean_losses(losses), "grad_norm": grad_norm}
 
     def save(self) -> None:
@@ -205,8 +205,8 @@ def main(args: argparse.Namespace) -> None:
         wanted = zero.resolve_precision(args, zero.read_config(args.deepspeed_config))
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"train_deepspeed.py: error: {error}")
-    zero.join()
-    if args.precision != wanted:
+    rt = zero.join()
+    if rt.is_main and args.precision != wanted:
         print(f"{wanted} is not native on this hardware: training in {args.precision}")
     launch(args, DeepSpeedTrainer, meta=True, plan=plan)
 

@@ -29,8 +29,10 @@ def main(folder: Path) -> None:
     Path("/proc/self/oom_score_adj").write_text("1000")  # rather this than anybody else
     config = json.loads((REPO / "config/zero3.json").read_text())
     del config["data_types"]
-    small = ("reduce_bucket_size", "sub_group_size", "stage3_prefetch_bucket_size")
-    small += ("stage3_max_live_parameters", "stage3_max_reuse_distance")
+    small = [
+        *("reduce_bucket_size", "sub_group_size", "stage3_prefetch_bucket_size"),
+        *("stage3_max_live_parameters", "stage3_max_reuse_distance"),
+    ]
     config["zero_optimization"] |= dict.fromkeys(small, 20_000_000)
     (folder / "engine.json").write_text(json.dumps(config))
     flags = [
