@@ -271,16 +271,14 @@ def pick_images(dataset: ImageDataset, args: argparse.Namespace) -> Tensor:
     return torch.stack(columns, dim=1).flatten()
 
 
-def collect(
-    router: Router, data: RoutingData, empty: RoutingData, run: runtime.Runtime
-) -> RoutingData:
+def collect(router: Router, data: RoutingData, run: runtime.Runtime) -> RoutingData:
     """Route all images that `data` lacks, sharing batches over the ranks; saves as it goes."""
     args, recorder = router.args, router.recorder
     num_images, size = data.meta["runs"][0]["num_images"], args.batch_size
     starts = list(range(runtime.from_main(data.images_done), num_images, size))
     rounds = math.ceil(len(starts) / run.world_size)
     rounds = min(rounds, args.max_batches or rounds)
-    tables = recorder.tables | {"raw_images": torch.zeros_like(empty.raw_images).to(run.device)}
+    tables = recorder.tables | {"raw_images": torch.zeros_like(data.raw_images, device=run.device)}
     mine = starts[run.rank :: run.world_size][:rounds]
     with tqdm(
         total=len(mine) * len(router.times), desc="routing", unit="step", disable=not run.is_main
@@ -331,8 +329,8 @@ def count_experts(args: argparse.Namespace, run: runtime.Runtime) -> RoutingData
         raw_images=torch.zeros(num_raw, channels, pixels, pixels, dtype=torch.uint8),
         **tables,
     )
-    data = open_data(args.out, empty) if run.is_main else empty
-    return collect(router, data, empty, run)
+    # Every rank opens the file, so that all of them refuse it; where to start, the main one says.
+    return collect(router, open_data(args.out, empty), run)
 
 
 def main(args: argparse.Namespace) -> None:
