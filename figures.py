@@ -65,6 +65,11 @@ def pick_layers(args: argparse.Namespace, depth: int) -> list[int]:
     return layers
 
 
+def figure_title(what: str, args: argparse.Namespace, data: RoutingData) -> str:
+    """Say what is drawn, of which model, from how many images: three short lines."""
+    return "\n".join([f"{what}, {args.half} half", *data.title.split("; ")])
+
+
 def relative_load(counts: Any, axis: int = -1) -> np.ndarray:
     """Divide counts by the even load along an axis: 1 = even, 0 = never, E / K = every token."""
     counts = np.asarray(counts, dtype=np.float64)
@@ -143,7 +148,7 @@ def heatmap_grid(
     figure.supxlabel(xlabel, fontsize=10)
     figure.supylabel(ylabel, fontsize=10)
     add_color_bar(figure, image, norm, color_label, axes=[a for a in axes.flat if a.figure])
-    figure.suptitle(title, fontsize=11, wrap=True)
+    figure.suptitle(title, fontsize=11)
     return figure
 
 

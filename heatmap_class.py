@@ -13,6 +13,7 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 
 from figures import (
     add_figure_flags,
+    figure_title,
     heatmap_grid,
     load_scale,
     pick_layers,
@@ -64,7 +65,7 @@ def main(args: argparse.Namespace) -> None:
             load[:, order],
             [f"layer {layer} · NMI {value:.3f}" for layer, value in zip(layers, nmi, strict=True)],
             load_scale(args, data),
-            title=f"Experts by class, {args.half} half\n{data.title}",
+            title=figure_title("Experts by class", args, data),
             xlabel="expert",
             ylabel="class" + (", similar ones together" if args.order == "similarity" else ""),
             xticks=[str(expert) for expert in range(load.shape[2])],

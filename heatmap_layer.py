@@ -28,6 +28,7 @@ from figures import (
     add_color_bar,
     add_figure_flags,
     expert_colors,
+    figure_title,
     heatmap_grid,
     load_scale,
     pick_layers,
@@ -38,7 +39,7 @@ from flags import FlagParser, number
 from routing import normalized_mutual_information
 from routing_data import HALVES, RoutingData
 
-MAP_INCHES = 0.5  # of one layer and expert
+MAP_INCHES = 0.6  # of one layer and expert
 MAX_SAMPLE_LAYERS = 8  # rows of the strip unless --layers says otherwise
 
 MAX_NUMBERED_SIDE = 8  # patches a side up to which experts are also written, not only coloured
@@ -69,7 +70,7 @@ def by_expert(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
         [relative_load(load), np.asarray(probs) * data.config.num_experts],
         ["chosen", "mean router probability"],
         load_scale(args, data),
-        title=f"Load of the experts, {args.half} half\n{data.title}",
+        title=figure_title("Load of the experts", args, data),
         xlabel="expert",
         ylabel="layer",
         xticks=[str(expert) for expert in range(data.config.num_experts)],
@@ -93,7 +94,7 @@ def by_factor(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
         relative_load(counts),
         [f"layer {layer} · NMI {value:.3f}" for layer, value in zip(layers, nmi, strict=True)],
         load_scale(args, data),
-        title=f"Experts by {args.by}, {args.half} half\n{data.title}",
+        title=figure_title(f"Experts by {args.by}", args, data),
         xlabel="expert",
         ylabel=ylabel,
         xticks=[str(expert) for expert in range(data.config.num_experts)],
@@ -127,7 +128,7 @@ def by_map(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
         axis.set_yticks([middle + cell * row for row in range(rows)], names)
         axis.tick_params(length=0)
         axis.set(xlabel="expert", ylabel="layer")
-    figure.suptitle(f"Experts by patch, {args.half} half\n{data.title}", fontsize=11)
+    figure.suptitle(figure_title("Experts by patch", args, data), fontsize=11)
     label = "load of the expert at the patch, relative to even"
     add_color_bar(figure, image, norm, label, axes=axes)
     return figure
@@ -152,7 +153,7 @@ def by_pair(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
         pairs / np.maximum(even, 1e-9),
         [f"layer {layer}" for layer in layers],
         load_scale(args, data),
-        title=f"Experts chosen together, {args.half} half\n{data.title}",
+        title=figure_title("Experts chosen together", args, data),
         xlabel="expert",
         ylabel="expert",
         xticks=names,
