@@ -22,7 +22,7 @@ from timm.layers import Mlp, PatchEmbed, build_sincos2d_pos_embed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_ops import swiglu_experts
+from moe_ops import swiglu, swiglu_experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +70,7 @@ class DiTConfig:
             0.0 <= self.class_dropout_prob < 1.0,
             f"class_dropout_prob={self.class_dropout_prob} must be in [0, 1)",
         )
+        require(self.mlp_hidden_size >= 1, f"mlp_ratio={self.mlp_ratio} must be positive")
         require(self.num_experts >= 0, f"num_experts={self.num_experts} must be 0 (dense) or more")
         require(
             self.num_experts == 0 or 1 <= self.num_experts_per_tok <= self.num_experts,
@@ -102,7 +103,7 @@ class DiTConfig:
     @property
     def mlp_hidden_size(self) -> int:
         """F, the hidden width of one routed expert or of the dense MLP."""
-        return int(self.hidden_size * self.mlp_ratio)
+        return round(self.hidden_size * self.mlp_ratio)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain Python values, ready for JSON."""
@@ -253,6 +254,12 @@ class TopKRouter(nn.Module):
         return Routing(indices, weights, probs, aux_loss)
 
 
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """Return autocast's dtype where it is on (it does not reach custom ops), else the weight's."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) without biases; gate and up are one matmul."""
 
@@ -263,8 +270,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., D)."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        weight, dtype = self.gate_up_proj.weight, compute_dtype(self.gate_up_proj.weight)
+        return swiglu(x.to(dtype), weight, self.down_proj.weight)
 
 
 class Experts(nn.Module):
@@ -278,12 +285,8 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, expert_indices: Tensor, expert_weights: Tensor) -> Tensor:
         """Send (M, D) tokens through their (M, K) experts; returns the (M, D) weighted sum."""
-        device, dtype = x.device.type, self.down_proj.dtype
-        if torch.is_autocast_enabled(device):  # which does not reach inside custom ops
-            dtype = torch.get_autocast_dtype(device)
-        return swiglu_experts(
-            x.to(dtype), self.gate_up_proj, self.down_proj, expert_indices, expert_weights
-        )
+        x = x.to(compute_dtype(self.down_proj))
+        return swiglu_experts(x, self.gate_up_proj, self.down_proj, expert_indices, expert_weights)
 
 
 class MoE(nn.Module):
@@ -309,7 +312,7 @@ class MoE(nn.Module):
         routing = self.router(tokens)
         out = self.experts(tokens, routing.expert_indices, routing.expert_weights).view_as(x)
         if self.shared_experts is not None:
-            out = out + self.shared_experts(x.to(self.shared_experts.down_proj.weight.dtype))
+            out = out + self.shared_experts(x)
         return out, routing.aux_loss
 
 

@@ -536,5 +536,5 @@ def fit(trainer: Trainer) -> None:
             trainer.save()
         if args.sample_every and (step % args.sample_every == 0 or last):
             trainer.draw()
-    reporter.close()
     logging.info("done: %s is at step %d", job.run_dir, trainer.step)
+    reporter.close()
