@@ -20,11 +20,10 @@ from plotly.offline import get_plotlyjs
 
 from checkpoint import atomic_write
 from figures import LOAD_COLORS, expert_colors, relative_load
-from flags import FlagParser
+from flags import FlagParser, number
 from routing_data import FACTORS, HALVES, RoutingData, measure_all
 
 TEMPLATE = Path(__file__).with_name("expert_report.html")
-MAX_KEPT_STEPS = 50  # steps at which the pictures' choices go into the page
 
 
 def build_parser() -> FlagParser:
@@ -33,6 +32,8 @@ def build_parser() -> FlagParser:
     report = parser.group("Report")
     report.add("--data", required=True, help=".npz of expert_data.py")
     report.add("--out", default="results/routing.html", help="file to write")
+    report.add("--max-pictures", type=number(int, 0), default=20, help="pictures in the page")
+    report.add("--max-steps", type=number(int, 1), default=50, help="steps shown over a picture")
     return parser
 
 
@@ -56,14 +57,14 @@ def color_scale(most: float) -> list[tuple[float, str]]:
     return list(zip(positions.tolist(), names, strict=True))
 
 
-def page_data(data: RoutingData) -> dict[str, Any]:
+def page_data(data: RoutingData, max_pictures: int, max_steps: int) -> dict[str, Any]:
     """Collect what the page shows, ready for JSON."""
     config, numbers = data.config, measure_all(data)
     halves = [half for half in HALVES if any(row["half"] == half for row in numbers)]
-    num_raw, num_steps, depth, num_patches, _ = data.raw_ids.shape
+    _, num_steps, depth, num_patches, _ = data.raw_ids.shape
     last = num_steps - 1
-    kept = np.unique(np.linspace(0, last, min(num_steps, MAX_KEPT_STEPS)).round().astype(int))
-    pictures = data.raw_images.permute(0, 2, 3, 1).numpy()  # (R, H, W, C)
+    kept = np.unique(np.linspace(0, last, min(num_steps, max_steps)).round().astype(int))
+    pictures = data.raw_images[:max_pictures].permute(0, 2, 3, 1).numpy()  # (R, H, W, C)
     pictures = np.broadcast_to(pictures, (*pictures.shape[:3], 3))
     most = max(config.num_experts / config.num_experts_per_tok, 1.01)
     colors = expert_colors(config.num_experts)
@@ -81,18 +82,20 @@ def page_data(data: RoutingData) -> dict[str, Any]:
         "times": data.times.tolist(),
         "tables": {factor: load_table(data, factor, halves) for factor in FACTORS},
         "numbers": numbers,
-        "sample_classes": data.raw_labels.tolist(),
+        "sample_classes": data.raw_labels[:max_pictures].tolist(),
         "kept_steps": kept.tolist(),
         "kept_times": data.times[kept].tolist(),
-        "ids": encode(data.raw_ids[:, kept, :, :, 0].numpy()),
-        "picture_shape": [num_raw, *pictures.shape[1:3]],
+        "ids": encode(data.raw_ids[:max_pictures, kept, :, :, 0].numpy()),
+        "picture_shape": list(pictures.shape[:3]),
         "pictures": encode(pictures),
     }
 
 
-def build_page(data: RoutingData) -> str:
+def build_page(data: RoutingData, max_pictures: int = 20, max_steps: int = 50) -> str:
     """Return the whole page."""
-    content = json.dumps(page_data(data)).replace("</", "<\\/")  # no name may end the script
+    content = json.dumps(page_data(data, max_pictures, max_steps)).replace(
+        "</", "<\\/"
+    )  # no name may end the script
     page = TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/null", content)
     return page.replace("/*PLOTLY*/", get_plotlyjs())
 
@@ -100,7 +103,7 @@ def build_page(data: RoutingData) -> str:
 def main(args: argparse.Namespace) -> None:
     """Write the page."""
     try:
-        page = build_page(RoutingData.load(args.data))
+        page = build_page(RoutingData.load(args.data), args.max_pictures, args.max_steps)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"expert_report.py: error: {error}")
     with atomic_write(args.out) as temp:

@@ -116,12 +116,7 @@ def main(args: argparse.Namespace) -> None:
         objective = find_objective(settings, config, args.rf)
         diffusion = create_diffusion(objective, learn_sigma=config.learn_sigma)
         vae_path = args.vae_path or settings.get("vae_path") or "stabilityai/sd-vae-ft-ema"
-        vae = load_vae(vae_path, device=device)
-        if vae.channels not in (None, config.in_channels):
-            raise ValueError(
-                f"--vae-path {vae_path} makes {vae.channels} latent channels, {args.ckpt} has "
-                f"{config.in_channels}"
-            )
+        vae = load_vae(vae_path, device=device, model_channels=config.in_channels)
         check_flags(args, config, config.input_size * vae.downsample)
         labels = parse_labels(args, config, settings.get("class_names", []))
         per_class = args.num_per_class or max(40 // len(labels), 1)
