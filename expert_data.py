@@ -44,8 +44,8 @@ from routing_data import (
 )
 
 PRINTED = (
-    *("nmi_class", "nmi_step", "nmi_patch", "entropy", "entropy_early", "entropy_late"),
-    *("max_vio", "max_vio_step", "dead", "pair_usage", "pair_entropy"),
+    *("nmi_class", "nmi_step", "nmi_patch", "entropy", "entropy_early", "entropy_middle"),
+    *("entropy_late", "max_vio", "max_vio_step", "dead", "pair_usage", "pair_entropy"),
 )
 
 

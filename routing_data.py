@@ -182,8 +182,9 @@ def measure(data: RoutingData, half: str = "conditional") -> list[dict[str, Any]
 
     Columns: `nmi_X`, how much X tells about the expert; `entropy`, `max_vio`, `dead` of the layer's
     whole load, and `entropy_X`, `max_vio_X`, `dead_X` averaged over the single classes, steps and
-    patches; `entropy_early` over the first quarter of the steps, `entropy_late` over the last half;
-    with K > 1 `pair_usage`, the share of expert pairs ever chosen, and `pair_entropy`, how evenly.
+    patches; `entropy_early`, `_middle` and `_late` over the first quarter of the steps, the middle
+    half and the last quarter; with K > 1 `pair_usage`, the share of expert pairs ever chosen, and
+    `pair_entropy`, how evenly.
     """
     K = data.config.num_experts_per_tok
     steps = data.counts("step", half)  # (L, S, E)
@@ -201,8 +202,11 @@ def measure(data: RoutingData, half: str = "conditional") -> list[dict[str, Any]
         for factor in FACTORS:
             columns[f"{name}_{factor}"] = measured(data.counts(factor, half)).double().mean(dim=1)
     by_step = load_entropy(steps)  # (L, S)
-    columns["entropy_early"] = by_step[:, : max(num_steps // 4, 1)].mean(dim=1)
-    columns["entropy_late"] = by_step[:, num_steps // 2 :].mean(dim=1)
+    quarter = max(num_steps // 4, 1)
+    middle = slice(min(quarter, num_steps - 1), max(num_steps - quarter, quarter + 1))
+    columns["entropy_early"] = by_step[:, :quarter].mean(dim=1)
+    columns["entropy_middle"] = by_step[:, middle].mean(dim=1)
+    columns["entropy_late"] = by_step[:, -quarter:].mean(dim=1)
     if K > 1:
         pairs = data.pairs[HALVES.index(half)]
         columns["pair_usage"] = pair_usage(pairs)

@@ -306,6 +306,16 @@ def test_pair_usage_counts_pairs_not_single_experts():
     assert pair_usage(pairs).item() == pytest.approx(1 / 3)
 
 
+def test_early_middle_and_late_steps_are_measured_apart(data: RoutingData):
+    even, one = [3, 3, 3, 3], [6, 6, 0, 0]
+    for num_steps, by_step in ((8, [one] * 2 + [even] * 4 + [one] * 2), (1, [one]), (2, [one] * 2)):
+        tables = {**vars(data), "by_step": torch.tensor(by_step)[None, :, None].repeat(2, 1, L, 1)}
+        row = measure(RoutingData(**tables))[0]
+        ends = (row["entropy_early"], row["entropy_late"])
+        assert ends == pytest.approx((0.5, 0.5))
+        assert row["entropy_middle"] == pytest.approx(1.0 if num_steps == 8 else 0.5)
+
+
 def test_the_table_is_printed_and_saved_with_a_row_per_layer_and_half(ckpt: str, tmp_path: Path):
     data = count(ckpt, tmp_path / "a.npz")
     with open(tmp_path / "a.csv", newline="") as file:
