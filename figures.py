@@ -27,7 +27,7 @@ EXPERT_COLORS = (
     *("#E69F00", "#56B4E9", "#009E73", "#F0E442"),
     *("#0072B2", "#D55E00", "#CC79A7", "#000000"),
 )
-MAX_LABELLED_ROWS, MAX_LABELLED_COLUMNS = 25, 8  # beyond that, every so many
+MAX_LABELLED_ROWS, MAX_LABELLED_COLUMNS = 18, 8  # beyond that, every so many
 
 
 def expert_colors(num_experts: int) -> list[str]:
@@ -147,7 +147,10 @@ def heatmap_grid(
         lowest.tick_params(labelbottom=True)
     figure.supxlabel(xlabel, fontsize=10)
     figure.supylabel(ylabel, fontsize=10)
-    add_color_bar(figure, image, norm, color_label, axes=[a for a in axes.flat if a.figure])
+    most = max(np.nanmax(panel) for panel in panels)
+    add_color_bar(
+        figure, image, norm, color_label, most=most, axes=[a for a in axes.flat if a.figure]
+    )
     figure.suptitle(title, fontsize=11)
     return figure
 
@@ -159,11 +162,15 @@ def set_ticks(setter: Callable, names: Sequence[str], most: int) -> None:
 
 
 def add_color_bar(
-    figure: plt.Figure, image: Any, norm: TwoSlopeNorm, label: str, *, axes: Any
+    figure: plt.Figure, image: Any, norm: TwoSlopeNorm, label: str, *, most: float, axes: Any
 ) -> None:
-    """Add the one colour bar, with ticks that say what 0, 1 and the top mean."""
-    bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02, aspect=30)
+    """Add the one colour bar, with ticks that say what 0, 1 and the top mean.
+
+    Its end is an arrow if `most`, the greatest value drawn, lies above the scale.
+    """
     top = float(norm.vmax or 1)
+    extend = "max" if most > top * 1.001 else "neither"
+    bar = figure.colorbar(image, ax=axes, extend=extend, shrink=0.8, pad=0.02, aspect=30)
     ticks = [0, 0.5, 1, (1 + top) / 2, top]
     bar.set_ticks(ticks, labels=["0 never", "0.5", "1 even", *(f"{t:.2g}" for t in ticks[3:])])
     bar.ax.tick_params(labelsize=8)

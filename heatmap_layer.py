@@ -130,7 +130,7 @@ def by_map(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
         axis.set(xlabel="expert", ylabel="layer")
     figure.suptitle(figure_title("Experts by patch", args, data), fontsize=11)
     label = "load of the expert at the patch, relative to even"
-    add_color_bar(figure, image, norm, label, axes=axes)
+    add_color_bar(figure, image, norm, label, most=load.max(), axes=axes)
     return figure
 
 
