@@ -248,6 +248,24 @@ def load_settings(path: str | Path) -> dict[str, Any]:
     return dict(_open(Path(path)).settings)
 
 
+def find_objective(settings: Mapping[str, Any], config: DiTConfig, rf: bool | None) -> str:
+    """Return the objective of a checkpoint: "rf" or "ddpm".
+
+    Args:
+        settings: of `load_settings`.
+        config: of the model. Published files with QK norm (XL, G) are rectified flow, others DDPM.
+        rf: the flag `--rf`, for files that do not tell.
+
+    Raises:
+        ValueError: if `--rf` contradicts the checkpoint.
+    """
+    known = settings.get("objective")
+    asked = None if rf is None else ("rf" if rf else "ddpm")
+    if known and asked and known != asked:
+        raise ValueError(f"--rf {rf}: the checkpoint was trained with {known}; leave --rf out")
+    return known or asked or ("rf" if config.qk_norm else "ddpm")
+
+
 def save_safetensors(
     path: str | Path, model_state: StateDict, config: DiTConfig, settings: Mapping[str, Any]
 ) -> None:

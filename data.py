@@ -426,7 +426,11 @@ class VAE:
 
 
 def load_vae(
-    vae_path: str | Path, *, device: torch.device | str, dtype: torch.dtype = torch.float32
+    vae_path: str | Path,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    model_channels: int | None = None,
 ) -> VAE | Pixels:
     """Load a frozen VAE, or `Pixels` for "none".
 
@@ -434,9 +438,10 @@ def load_vae(
         vae_path: local folder or hub id of a diffusers AutoencoderKL, or "none".
         device: where it runs.
         dtype: precision of `encode`; `decode` is always float32.
+        model_channels: latent channels of the checkpoint it is for, where there is one.
 
     Raises:
-        ValueError: nothing there, or it does not load completely.
+        ValueError: nothing there, it does not load completely, or it makes other latents.
     """
     if str(vae_path) == "none":
         return Pixels()
@@ -457,7 +462,13 @@ def load_vae(
         raise ValueError(f"--vae-path {vae_path} does not load{hint}: {error}") from error
     if info["missing_keys"]:  # diffusers would go on with random weights
         raise ValueError(f"--vae-path {vae_path} lacks the weights {info['missing_keys'][:3]} ...")
-    return VAE(model.float().to(device), dtype)
+    vae = VAE(model.float().to(device), dtype)
+    if model_channels not in (None, vae.channels):
+        raise ValueError(
+            f"--vae-path {vae_path} makes {vae.channels} latent channels, the checkpoint has "
+            f"{model_channels}"
+        )
+    return vae
 
 
 # --- Pictures for people --------------------------------------------------------------------------

@@ -1,17 +1,23 @@
-"""Expert load and its measures: counts by hooks, entropy, MaxVio, dead experts.
+"""Expert load and its measures: counts by hooks, entropy, MaxVio, dead experts, information.
 
 One implementation for training curves, analysis and figures. In order: `LoadCounter` (counts while
-a model runs; `models.py` itself records nothing), then the measures of a table of counts.
+a model runs; `models.py` itself records nothing), `RoutingRecorder` (counts by class, step and
+patch while a sampler runs), then the measures of a table of counts.
 
-Shapes: L layers, E experts, K experts per token, M tokens.
+Shapes: L layers, E experts, K experts per token, M tokens; N images, T tokens per image, S sampling
+steps, R images whose choices are kept whole. X stands for classes, steps or patches. The axis of
+length 2 is conditional, unconditional.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models import Routing, TopKRouter
+from models import DiT, Routing, TopKRouter
+
+PROB_UNIT = 2.0**-24  # probabilities are summed as integers, so that no order of adding matters
 
 
 class LoadCounter:
@@ -56,6 +62,99 @@ class LoadCounter:
             hook.remove()
 
 
+class RoutingRecorder:
+    """Count which experts a model chooses, by class, step, patch and pair, while it is sampled.
+
+    Call `begin` for each batch, give `at_step` to `Diffusion.sample` as its callback, and let the
+    model see the batch as N rows (with their class) or 2N (with, then without), as samplers do.
+    All tables are integers, so sums over batches, ranks and runs are exact in any order.
+
+    Attributes:
+        tables: on the model's device, int64 but for `raw_ids`:
+            by_class (2, num_classes, L, E), by_step (2, S, L, E) and by_patch (2, T, L, E) choices;
+            pairs (2, L, E, E) tokens that chose both experts, on the diagonal that chose the one;
+            probs (2, S, L, E) router probabilities in `PROB_UNIT`;
+            rows (2, S) images the model saw, twice per step for a sampler that calls it twice;
+            raw_ids (R, S, L, T, K) uint8 experts, the heaviest first, of the conditional half.
+    """
+
+    def __init__(self, model: DiT, num_steps: int, num_raw: int = 0) -> None:
+        config = model.config
+        self._routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
+        L, E, K = len(self._routers), config.num_experts, config.num_experts_per_tok
+        self._num_tokens = T = (config.input_size // config.patch_size) ** 2
+        self.device, self._num_raw, self._step = next(model.parameters()).device, num_raw, 0
+        self.tables = {
+            "by_class": self._zeros(2, config.num_classes, L, E),
+            "by_step": self._zeros(2, num_steps, L, E),
+            "by_patch": self._zeros(2, T, L, E),
+            "pairs": self._zeros(2, L, E, E),
+            "probs": self._zeros(2, num_steps, L, E),
+            "rows": self._zeros(2, num_steps),
+            "raw_ids": self._zeros(num_raw, num_steps, L, T, K, dtype=torch.uint8),
+        }
+        self._hooks = [
+            router.register_forward_hook(self._make_hook(layer))
+            for layer, router in enumerate(self._routers)
+        ]
+
+    def _zeros(self, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def begin(self, labels: Tensor, first_index: int) -> None:
+        """Announce a batch: labels (N,) and the number of its first image among all."""
+        self._labels = labels.to(self.device)
+        stop = min(self._num_raw, first_index + len(labels))
+        self._raw = slice(first_index, max(first_index, stop))
+
+    def at_step(self, step: int, _t: float = 0.0) -> None:
+        """Say which sampling step the next model calls belong to."""
+        self._step = step
+
+    def reset(self) -> None:
+        """Start counting from zero."""
+        for table in self.tables.values():
+            table.zero_()
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _make_hook(self, layer: int) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, routing: Routing) -> None:
+            N, T = len(self._labels), self._num_tokens
+            chosen = torch.zeros_like(routing.probs).scatter_(1, routing.expert_indices, 1.0)
+            probs = (routing.probs / PROB_UNIT).round().long()  # (M, E)
+            halves = chosen.view(-1, N, T, chosen.shape[1])  # (1 or 2, N, T, E)
+            for half, (choices, fixed) in enumerate(
+                zip(halves, probs.view_as(halves), strict=True)
+            ):
+                self._count(half, layer, choices, fixed)
+            order = routing.expert_weights.argsort(dim=1, descending=True)
+            ids = routing.expert_indices.gather(1, order).view(-1, N, T, order.shape[1])[0]
+            num_raw = self._raw.stop - self._raw.start
+            self.tables["raw_ids"][self._raw, self._step, layer] = ids[:num_raw].to(torch.uint8)
+
+        return hook
+
+    def _count(self, half: int, layer: int, chosen: Tensor, probs: Tensor) -> None:
+        """Add choices (N, T, E), 0.0 or 1.0, and probabilities (N, T, E) to all tables.
+
+        Sums of fewer than 2**24 ones are exact in float32.
+        """
+        tables, step = self.tables, self._step
+        by_image = chosen.sum(dim=1).long()  # (N, E)
+        tables["by_class"][half, :, layer].index_add_(0, self._labels, by_image)
+        tables["by_step"][half, step, layer] += by_image.sum(dim=0)
+        tables["by_patch"][half, :, layer] += chosen.sum(dim=0).long()
+        tokens = chosen.flatten(0, 1)  # (N*T, E)
+        tables["pairs"][half, layer] += (tokens.T @ tokens).long()
+        tables["probs"][half, step, layer] += probs.sum(dim=(0, 1))
+        if layer == 0:
+            tables["rows"][half, step] += len(chosen)
+
+
 def tokens_per_expert(expert_indices: Tensor, num_experts: int) -> Tensor:
     """Count how often each expert was chosen: (M, K) indices -> (E,) int64, without a host sync."""
     experts = torch.arange(num_experts, device=expert_indices.device)
@@ -94,3 +193,49 @@ def max_violation(counts: Tensor) -> Tensor:
 def dead_experts(counts: Tensor) -> Tensor:
     """Count the experts that got no token: (..., E) -> (...)."""
     return (counts == 0).sum(dim=-1)
+
+
+def mutual_information(counts: Tensor) -> Tensor:
+    """Information that x (a class, a step, a patch) gives about the expert.
+
+    Args:
+        counts: (..., X, E) choices.
+
+    Returns:
+        (...) fp64, in nats.
+    """
+    share = counts.double() / counts.sum(dim=(-2, -1), keepdim=True).clamp(min=1)
+    entropy = torch.special.entr
+    marginals = entropy(share.sum(dim=-1)).sum(dim=-1) + entropy(share.sum(dim=-2)).sum(dim=-1)
+    return (marginals - entropy(share).sum(dim=(-2, -1))).clamp(min=0)
+
+
+def normalized_mutual_information(counts: Tensor, num_experts_per_tok: int) -> Tensor:
+    """Mutual information over the most there could be: 0.0 if x tells nothing, 1.0 if it decides.
+
+    A token's K choices are K different experts, so even a fully known choice leaves log K nats
+    about which of them one draws: the most is H(expert) - log K.
+
+    Args:
+        counts: (..., X, E) choices.
+        num_experts_per_tok: K.
+
+    Returns:
+        (...) fp64, in [0, 1]; 0 where the load leaves nothing to tell.
+    """
+    share = counts.sum(dim=-2).double() / counts.sum(dim=(-2, -1))[..., None].clamp(min=1)
+    most = torch.special.entr(share).sum(dim=-1) - math.log(num_experts_per_tok)
+    nothing = most < 1e-9
+    ratio = mutual_information(counts) / most.masked_fill(nothing, 1.0)
+    return ratio.masked_fill(nothing, 0.0).clamp(max=1)
+
+
+def pair_counts(pairs: Tensor) -> Tensor:
+    """Return each pair of experts once: (..., E, E) -> (..., E*(E-1)/2)."""
+    first, second = torch.triu_indices(pairs.shape[-1], pairs.shape[-1], offset=1)
+    return pairs[..., first, second]
+
+
+def pair_usage(pairs: Tensor) -> Tensor:
+    """Share of all pairs of experts that some token chose together: (..., E, E) -> (...) fp32."""
+    return (pair_counts(pairs) > 0).float().mean(dim=-1)

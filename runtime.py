@@ -105,6 +105,18 @@ def default_precision(device: torch.device) -> str:
     return "bf16" if has_fast_bf16(device) else "fp32"
 
 
+def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """Return `--dtype`, by default bf16 where it is native; float16 on a CPU becomes bf16 or fp32.
+
+    Matmuls in float16 run 1000 times slower than in bfloat16 on CPUs without a kernel for it.
+    """
+    name = name or default_precision(device)
+    if DTYPES[name] == torch.float16 and device.type == "cpu":
+        name = default_precision(device)
+        print(f"--dtype float16 has no fast kernels on a CPU: computing in {name}")
+    return DTYPES[name]
+
+
 def rng_state() -> dict[str, Tensor]:
     """Return the state of this process's global generators."""
     state = {"cpu": torch.get_rng_state()}

@@ -10,16 +10,15 @@ flags do.
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import runtime
-from checkpoint import load_model, load_settings
+from checkpoint import find_objective, load_model, load_settings
 from data import load_vae, save_grid
-from diffusion import Diffusion, create_diffusion
+from diffusion import create_diffusion
 from flags import FlagParser, flag, number
-from models import DiT, DiT_models, DiTConfig
+from models import DiT_models, DiTConfig
 
 IMAGENET_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]  # DiT's own picture
 
@@ -55,22 +54,6 @@ def build_parser() -> FlagParser:
     sampling.add("--seed", type=int, default=0, help="of the noise")
     sampling.add("--batch-size", type=number(int, 1), default=64, help="images at once")
     return parser
-
-
-def find_objective(args: argparse.Namespace, settings: dict[str, Any], model: DiT) -> Diffusion:
-    """Return the objective of the checkpoint, or of `--rf` for a file that does not tell.
-
-    Published files: those with QK norm (XL, G) are rectified flow, the others DDPM.
-
-    Raises:
-        ValueError: if `--rf` contradicts the checkpoint.
-    """
-    known = settings.get("objective")
-    asked = None if args.rf is None else ("rf" if args.rf else "ddpm")
-    if known and asked and known != asked:
-        raise ValueError(f"--rf {args.rf}: {args.ckpt} was trained with {known}")
-    objective = known or asked or ("rf" if model.config.qk_norm else "ddpm")
-    return create_diffusion(objective, learn_sigma=model.config.learn_sigma)
 
 
 def parse_labels(args: argparse.Namespace, config: DiTConfig, class_names: list[str]) -> list[int]:
@@ -122,33 +105,18 @@ def check_flags(args: argparse.Namespace, config: DiTConfig, image_size: int) ->
             raise ValueError(f"--{name.replace('_', '-')} {given}: {args.ckpt} has {value}")
 
 
-def pick_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
-    """Return `--dtype`, by default bf16 where it is native; float16 on a CPU becomes bf16 or fp32.
-
-    Matmuls in float16 run 1000 times slower than in bfloat16 on CPUs without a kernel for it.
-    """
-    name = args.dtype or runtime.default_precision(device)
-    if runtime.DTYPES[name] == torch.float16 and device.type == "cpu":
-        name = runtime.default_precision(device)
-        print(f"--dtype float16 has no fast kernels on a CPU: computing in {name}")
-    return runtime.DTYPES[name]
-
-
 def main(args: argparse.Namespace) -> None:
     """Sample and write the picture."""
     device = runtime.pick_device()
     try:
         settings = load_settings(args.ckpt)
-        model = load_model(args.ckpt, ema=args.ema, dtype=pick_dtype(args, device), device=device)
+        dtype = runtime.pick_dtype(args.dtype, device)
+        model = load_model(args.ckpt, ema=args.ema, dtype=dtype, device=device)
         config = model.config
-        diffusion = find_objective(args, settings, model)
+        objective = find_objective(settings, config, args.rf)
+        diffusion = create_diffusion(objective, learn_sigma=config.learn_sigma)
         vae_path = args.vae_path or settings.get("vae_path") or "stabilityai/sd-vae-ft-ema"
-        vae = load_vae(vae_path, device=device)
-        if vae.channels not in (None, config.in_channels):
-            raise ValueError(
-                f"--vae-path {vae_path} makes {vae.channels} latent channels, {args.ckpt} has "
-                f"{config.in_channels}"
-            )
+        vae = load_vae(vae_path, device=device, model_channels=config.in_channels)
         check_flags(args, config, config.input_size * vae.downsample)
         labels = parse_labels(args, config, settings.get("class_names", []))
         per_class = args.num_per_class or max(40 // len(labels), 1)

@@ -9,5 +9,5 @@ fi
 ruff format --check .
 ruff check .
 mypy
-for script in scripts/*.sh .ci/run; do bash -n "$script"; done
+for script in scripts/*.sh scripts/*/*.sh .ci/run; do bash -n "$script"; done
 OMP_NUM_THREADS=1 python -m pytest "$@"

@@ -1,0 +1,115 @@
+"""Write one HTML file to explore routing data in a browser: pick layer, class, step and picture.
+
+    python expert_report.py --data results/routing.npz --out results/routing.html
+
+The file holds the data and plotly.js: it needs no server and no network. `#layer=3&step=10` behind
+its address opens it there. The page itself is expert_report.html.
+"""
+
+import argparse
+import base64
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import to_rgb
+from plotly.offline import get_plotlyjs
+
+from checkpoint import atomic_write
+from figures import LOAD_COLORS, expert_colors, relative_load
+from flags import FlagParser, number
+from routing_data import FACTORS, HALVES, RoutingData, measure_all
+
+TEMPLATE = Path(__file__).with_name("expert_report.html")
+
+
+def build_parser() -> FlagParser:
+    """Return the parser of this script's flags."""
+    parser = FlagParser(__doc__)
+    report = parser.group("Report")
+    report.add("--data", required=True, help=".npz of expert_data.py")
+    report.add("--out", default="results/routing.html", help="file to write")
+    report.add("--max-pictures", type=number(int, 0), default=20, help="pictures in the page")
+    report.add("--max-steps", type=number(int, 1), default=50, help="steps shown over a picture")
+    return parser
+
+
+def encode(array: np.ndarray) -> str:
+    """Return an array's bytes in base64, little endian."""
+    return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
+
+
+def load_table(data: RoutingData, factor: str, halves: list[str]) -> dict[str, Any]:
+    """Return the relative load (halves, L, X, E) in thousandths."""
+    load = np.stack([relative_load(data.counts(factor, half)) for half in halves])
+    return {"shape": load.shape, "data": encode((load * 1000).round().astype("<u2"))}
+
+
+def color_scale(most: float) -> list[tuple[float, str]]:
+    """Return `figures.LOAD_COLORS` for plotly, with its middle at the even load of 1."""
+    points = np.linspace(0, 1, 21)
+    positions = np.where(points < 0.5, 2 * points, 1 + (2 * points - 1) * (most - 1)) / most
+    rgb = (np.array(colormaps[LOAD_COLORS](points))[:, :3] * 255).round().astype(int)
+    names = ["rgb({},{},{})".format(*color) for color in rgb]
+    return list(zip(positions.tolist(), names, strict=True))
+
+
+def page_data(data: RoutingData, max_pictures: int, max_steps: int) -> dict[str, Any]:
+    """Collect what the page shows, ready for JSON."""
+    config, numbers = data.config, measure_all(data)
+    halves = [half for half in HALVES if any(row["half"] == half for row in numbers)]
+    _, num_steps, depth, num_patches, _ = data.raw_ids.shape
+    last = num_steps - 1
+    kept = np.unique(np.linspace(0, last, min(num_steps, max_steps)).round().astype(int))
+    pictures = data.raw_images[:max_pictures].permute(0, 2, 3, 1).numpy()  # (R, H, W, C)
+    pictures = np.broadcast_to(pictures, (*pictures.shape[:3], 3))
+    most = max(config.num_experts / config.num_experts_per_tok, 1.01)
+    colors = expert_colors(config.num_experts)
+    return {
+        "title": data.title,
+        "halves": halves,
+        "num_layers": depth,
+        "num_experts": config.num_experts,
+        "num_patches": num_patches,
+        "most": most,
+        "colorscale": color_scale(most),
+        "expert_rgb": [[round(255 * part) for part in to_rgb(color)] for color in colors],
+        "class_names": data.class_names,
+        "class_names_drawn": [data.class_names[i] for i in data.drawn_classes.tolist()],
+        "times": data.times.tolist(),
+        "tables": {factor: load_table(data, factor, halves) for factor in FACTORS},
+        "numbers": numbers,
+        "sample_classes": data.raw_labels[:max_pictures].tolist(),
+        "kept_steps": kept.tolist(),
+        "kept_times": data.times[kept].tolist(),
+        "ids": encode(data.raw_ids[:max_pictures, kept, :, :, 0].numpy()),
+        "picture_shape": list(pictures.shape[:3]),
+        "pictures": encode(pictures),
+    }
+
+
+def build_page(data: RoutingData, max_pictures: int = 20, max_steps: int = 50) -> str:
+    """Return the whole page."""
+    content = json.dumps(page_data(data, max_pictures, max_steps)).replace(
+        "</", "<\\/"
+    )  # no name may end the script
+    page = TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/null", content)
+    return page.replace("/*PLOTLY*/", get_plotlyjs())
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write the page."""
+    try:
+        page = build_page(RoutingData.load(args.data), args.max_pictures, args.max_steps)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"expert_report.py: error: {error}")
+    with atomic_write(args.out) as temp:
+        temp.write_text(page, encoding="utf-8")
+    print(f"{len(page) / 1e6:.1f} MB, open in a browser: {args.out}")
+
+
+if __name__ == "__main__":
+    main(build_parser().parse_args())
