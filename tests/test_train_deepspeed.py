@@ -23,7 +23,8 @@ from PIL import Image
 from torch.testing import assert_close
 
 import zero
-from checkpoint import export, latest_checkpoint, load_checkpoint, load_model
+from checkpoint import build_parser as build_export_parser
+from checkpoint import export, latest_checkpoint, load_checkpoint, load_model, main
 from memory import GIB
 from sharded import ShardedCheckpoint
 from train_utils import build_parser, draw_grid, prepare
@@ -141,8 +142,9 @@ def test_an_export_is_ema_or_weights_and_has_every_tensor(
     undisturbed: Path, tmp_path: Path
 ) -> None:
     states = {}
-    for ema in (True, False):
-        export(undisturbed, tmp_path / "out.safetensors", ema=ema)
+    for ema, flags in ((True, ["--ema"]), (False, [])):
+        out = str(tmp_path / "out.safetensors")
+        main(build_export_parser().parse_args(["export", str(undisturbed), out, *flags]))
         states[ema] = load_model(tmp_path / "out.safetensors", ema=False).state_dict()
     assert states[True].keys() == states[False].keys()
     assert not torch.equal(states[True]["x_embedder.proj.weight"],
