@@ -1,0 +1,498 @@
+"""Measure time and memory of a layer, a training step and a sampling step, on whatever is here.
+
+    python benchmark.py --threads 2 --out docs/benchmark.json
+    python benchmark.py --models DiT-Ti/4 --batch-size 2 --repeats 1 --parts layer,step
+
+Contestants take turns in one process: ours, the naive loop over experts that the published code
+has (`NaiveMoE`, the same weights), and a dense model of equal FLOPs. Every repeat has new tokens,
+so that expert loads differ as they do in training. Shown are the median, the quartiles, the speed
+relative to a reference contestant (above 1: faster) and MFU: the matmul FLOPs of the linear layers
+per second, over the rate that the same matmuls reach alone in the same dtype.
+
+Shapes: N images, M tokens, D hidden, F expert hidden, R = M*K routed rows, E experts, K a token.
+"""
+
+import argparse
+import copy
+import dataclasses
+import gc
+import json
+import multiprocessing
+import os
+import platform
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import runtime
+from diffusion import create_diffusion
+from flags import FlagParser, number
+from measures import (
+    PASSES,
+    Bench,
+    Entry,
+    Laps,
+    Precision,
+    Run,
+    Stopwatch,
+    count_cuda_calls,
+    describe,
+    forward_flops,
+    linear_layers,
+    peak_bytes,
+    saved_bytes,
+)
+from models import DiT, DiT_models, DiTConfig, MoE, Routing, SwiGLU, compute_dtype
+from train_utils import Ema
+
+EXPERTS, EXPERTS_PER_TOK, TOKEN_SHARES = (4, 8, 16, 32, 64), (1, 2, 4), (16, 8, 4, 2, 1)
+
+
+def build_parser() -> FlagParser:
+    """Return the parser of this script's flags."""
+    parser = FlagParser(__doc__)
+    what = parser.group("Run")
+    what.add("--models", nargs="+", choices=list(DiT_models), default=["DiT-S/2", "DiT-B/2"],
+             help="size/patch, with the size's own experts")  # fmt: skip
+    what.add("--parts", type=parse_parts, default=list(PARTS), help="comma-separated")
+    what.add("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"],
+             help="computed in; training keeps fp32 weights")  # fmt: skip
+    what.add("--batch-size", type=number(int, 1), default=8, help="images")
+    what.add("--repeats", type=number(int, 1), default=7, help="timed rounds, after a warm-up")
+    what.add("--threads", type=number(int, 1), help="CPU threads; default: torch's")
+    what.add("--out", type=Path, help="JSON to write")
+    return parser
+
+
+def parse_parts(text: str) -> list[str]:
+    """Read `--parts rate,layer`."""
+    if unknown := sorted(set(text.split(",")) - set(PARTS)):
+        raise argparse.ArgumentTypeError(f"{unknown} not in {','.join(PARTS)}")
+    return text.split(",")
+
+
+# ------------------------------------------------------------------------------ contestants
+
+
+class NaiveExpert(nn.Module):
+    """One SwiGLU as three matmuls; its parameters are views of stacked matrices."""
+
+    def __init__(self, gate_up: Tensor, down: Tensor) -> None:
+        super().__init__()
+        gate, up = gate_up.detach().chunk(2)
+        self.gate, self.up, self.down = (nn.Parameter(w) for w in (gate, up, down.detach()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., D) to (..., D)."""
+        return F.linear(F.silu(F.linear(x, self.gate)) * F.linear(x, self.up), self.down)
+
+
+class NaiveMoE(nn.Module):
+    """A `MoE` with the same weights, dispatched the way the published code does it.
+
+    Source: arXiv:2407.11633's code: boolean masks in training, segments by a host copy otherwise.
+    """
+
+    def __init__(self, moe: MoE) -> None:
+        super().__init__()
+        self.router = moe.router
+        stacked = zip(moe.experts.gate_up_proj, moe.experts.down_proj, strict=True)
+        self.experts = nn.ModuleList(NaiveExpert(gate_up, down) for gate_up, down in stacked)
+        shared = moe.shared_experts
+        self.shared_experts = shared and NaiveExpert(
+            shared.gate_up_proj.weight, shared.down_proj.weight
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map (N, T, D) tokens to ((N, T, D), aux_loss ())."""
+        tokens = x.flatten(0, 1)  # (M, D)
+        routing = self.router(tokens)
+        tokens = tokens.to(compute_dtype(self.router.weight))
+        out = (self._by_masks if self.training else self._by_segments)(tokens, routing)
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(tokens)
+        return out.view_as(x), routing.aux_loss
+
+    def _by_masks(self, tokens: Tensor, routing: Routing) -> Tensor:
+        weights = routing.expert_weights.to(tokens.dtype)  # (M, K)
+        rows = tokens.repeat_interleave(weights.shape[1], dim=0)  # (R, D)
+        chosen = routing.expert_indices.flatten()
+        out = torch.empty_like(rows)
+        for index, expert in enumerate(self.experts):
+            mask = chosen == index
+            out[mask] = expert(rows[mask])
+        return (out.view(*weights.shape, -1) * weights[..., None]).sum(dim=1).to(tokens.dtype)
+
+    def _by_segments(self, tokens: Tensor, routing: Routing) -> Tensor:
+        chosen, num_experts = routing.expert_indices.flatten(), len(self.experts)
+        order = chosen.argsort()
+        ends = chosen.bincount(minlength=num_experts).cumsum(0).tolist()  # the host waits here
+        weights = routing.expert_weights.flatten().to(tokens.dtype)
+        out = torch.zeros_like(tokens)
+        for expert, start, end in zip(self.experts, [0, *ends], ends, strict=False):
+            choices = order[start:end]
+            rows = choices // routing.expert_indices.shape[1]
+            out.index_add_(0, rows, expert(tokens[rows]) * weights[choices, None])
+        return out
+
+
+def use_naive_experts(model: DiT) -> DiT:
+    """Replace every `MoE` of a model by a `NaiveMoE` with the same weights."""
+    for block in model.blocks:
+        block.moe = NaiveMoE(cast(MoE, block.moe))
+    return model
+
+
+def dense_of_equal_flops(config: DiTConfig) -> DiTConfig:
+    """Return the dense model whose SwiGLU is as wide as all that one token uses: K*F + S."""
+    shared = config.num_shared_experts * config.hidden_size
+    width = config.num_experts_per_tok * config.mlp_hidden_size + shared
+    return dataclasses.replace(config, num_experts=0, mlp_ratio=width / config.hidden_size)
+
+
+def build_model(config: DiTConfig, device: torch.device, naive: bool = False) -> DiT:
+    """Build a model as it is after some training: the layers that start at zero are random."""
+    torch.manual_seed(0)
+    model = DiT(config)
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    return (use_naive_experts(model) if naive else model).to(device)
+
+
+# ------------------------------------------------------------------------------ timed parts
+
+
+def measure_rate(bench: Bench, config: DiTConfig) -> None:
+    """(a) What the machine's matmuls reach at the model's shapes."""
+    for dtype in bench.args.dtypes:
+        bench.heading("rate", config, "matmuls alone")
+        bench.report("rate", config, bench.matmul_laps(config, dtype))
+        forward, training = bench.rates(config, dtype)
+        print(f"all {dtype}: {forward / 1e9:.0f} GFLOP/s forward, {training / 1e9:.0f} training")
+        bench.rows.append({"part": "rate", "contestant": "all", "dtype": dtype,
+                           "model": describe(config), "gflops_forward": forward / 1e9,
+                           "gflops_training": training / 1e9})  # fmt: skip
+
+
+def layer_run(layer: nn.Module, batches: list[Tensor], precision: Precision) -> Run:
+    """Time inference, forward and backward of an MLP; tokens are fp32, as the blocks give them."""
+    layer = layer.to(batches[0].device, precision.weights)
+
+    def apply(x: Tensor) -> Tensor:
+        with precision.autocast(x.device):
+            out = layer(x)
+        return out[0] if isinstance(out, tuple) else out
+
+    def run(watch: Stopwatch, round_: int) -> None:
+        x = batches[round_].detach().requires_grad_()
+        layer.eval()
+        with torch.no_grad(), watch.part("inference"):
+            apply(x)
+        layer.train()
+        with watch.part("forward"):
+            out = apply(x)
+        grad = batches[round_ - 1].to(out.dtype)
+        with watch.part("backward"):
+            out.backward(grad)
+        watch.seconds["forward+backward"] = sum(watch.seconds[name] for name in PASSES)
+        layer.zero_grad(set_to_none=True)
+
+    return run
+
+
+def random_tokens(bench: Bench, count: int, hidden_size: int) -> list[Tensor]:
+    """Draw (1, M, D) tokens for every round."""
+    torch.manual_seed(0)
+    shape = (1, count, hidden_size)
+    return [torch.randn(shape, device=bench.device) for _ in range(bench.args.repeats + 1)]
+
+
+def random_moe(config: DiTConfig) -> MoE:
+    """Build one MoE layer, initialised as in a model."""
+    return cast(MoE, DiT(dataclasses.replace(config, depth=1)).blocks[0].moe)
+
+
+def layer_precisions(bench: Bench) -> list[Precision]:
+    """Return every dtype with its own weights, and those below float32 with fp32 weights too."""
+    mixed = [Precision(dtype, True) for dtype in bench.args.dtypes if dtype != "fp32"]
+    return [*(Precision(dtype, False) for dtype in bench.args.dtypes), *mixed]
+
+
+def measure_layer(bench: Bench, config: DiTConfig) -> None:
+    """(b) One MoE layer against the naive loop and a dense SwiGLU of equal FLOPs."""
+    dense = dense_of_equal_flops(config)
+    one = dataclasses.replace(config, depth=1)
+    flops = forward_flops(one, bench.args.batch_size, "moe")
+    tokens = linear_layers(config, bench.args.batch_size)[0].rows
+    batches = random_tokens(bench, tokens, config.hidden_size)
+    bench.heading("layer", config, f"{tokens} tokens; speed: against naive")
+    for precision in layer_precisions(bench):
+        moe = random_moe(config).to(bench.device, precision.weights)
+        layers = {"ours": moe, "naive": NaiveMoE(moe),
+                  "dense": SwiGLU(config.hidden_size, dense.mlp_hidden_size)}  # fmt: skip
+        laps = bench.alternate(
+            {
+                Entry(name, precision, flops): layer_run(layer, batches, precision)
+                for name, layer in layers.items()
+            }
+        )
+        bench.report("layer", config, laps, f"naive {precision.name}")
+
+
+class TrainingStep:
+    """One model in training, as train.py does it: loss, backward, clipping, AdamW, EMA."""
+
+    def __init__(self, config: DiTConfig, device: torch.device, naive: bool = False) -> None:
+        self.config, self.device = config, device
+        self.model = build_model(config, device, naive).train()
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=0.0, fused=True)
+        self.ema = Ema(self.model, 0.9999)
+        self.diffusion = create_diffusion("rf", learn_sigma=config.learn_sigma)
+
+    def run(self, precision: Precision, images: int, watch: Stopwatch, seed: int) -> None:
+        """Make one optimizer step on random latents and time its parts."""
+        latents, y = random_batch(self.config, images, self.device, seed)
+        with watch.part("forward"), precision.autocast(self.device):
+            out = self.diffusion.training_loss(self.model, latents, y)
+            loss = out.per_sample.mean() + 0.005 * out.aux_loss
+        with watch.part("backward"):
+            loss.backward()
+        with watch.part("optimizer"):
+            nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        with watch.part("ema"):
+            self.ema.update()
+        watch.seconds["step"] = sum(watch.seconds.values())
+
+
+def random_batch(
+    config: DiTConfig, images: int, device: torch.device, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Draw latents (N, C, H, W) and labels (N,) where they are used: no copy makes a GPU wait."""
+    torch.manual_seed(seed)
+    shape = (images, config.in_channels, config.input_size, config.input_size)
+    labels = torch.randint(config.num_classes, (images,), device=device)
+    return torch.randn(shape, device=device), labels
+
+
+def train_precisions(bench: Bench) -> list[Precision]:
+    """Return the precisions that train.py would use."""
+    return [Precision(dtype, dtype != "fp32") for dtype in bench.args.dtypes]
+
+
+def model_variants(config: DiTConfig) -> dict[str, tuple[DiTConfig, bool]]:
+    """Return the config of every contestant, and whether its experts run naively."""
+    dense = dense_of_equal_flops(config)
+    return {"ours": (config, False), "naive": (config, True), "dense": (dense, False)}
+
+
+def measure_step(bench: Bench, config: DiTConfig) -> None:
+    """(c) A training step and its parts; one model after the other where memory is short."""
+    images, precisions = bench.args.batch_size, train_precisions(bench)
+    variants = model_variants(config)
+
+    def race(names: list[str]) -> dict[Entry, Laps]:
+        contestants: dict[Entry, Run] = {}
+        for name in names:
+            variant, naive = variants[name]
+            training = TrainingStep(variant, bench.device, naive)
+            for precision in precisions:
+
+                def run(watch: Stopwatch, seed: int, training=training, precision=precision):
+                    training.run(precision, images, watch, seed)
+
+                contestants[Entry(name, precision, forward_flops(variant, images))] = run
+        return bench.alternate(contestants)
+
+    together = sum(map(state_bytes, (v for v, _ in variants.values()))) < 0.6 * memory(bench.device)
+    reference = f"naive {precisions[0].name}"
+    order = "in turn" if together else "one model after the other: memory is short"
+    bench.heading("step", config, f"({order}); speed: against {reference}")
+    laps: dict[Entry, Laps] = {}
+    for names in [list(variants)] if together else [[name] for name in variants]:
+        laps |= race(names)
+        gc.collect()
+    bench.report("step", config, laps, reference)
+
+
+def state_bytes(config: DiTConfig) -> int:
+    """Count what training holds in float32: weights, gradients, two AdamW moments, EMA."""
+    with torch.device("meta"):
+        return 5 * 4 * DiT(config).num_parameters()[0]
+
+
+def memory(device: torch.device) -> int:
+    """Return the bytes that the device has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def measure_sample(bench: Bench, config: DiTConfig) -> None:
+    """(d) One Euler step with guidance: a forward pass of twice the images."""
+    images = bench.args.batch_size
+    precisions = [Precision(dtype, False) for dtype in bench.args.dtypes]
+    contestants: dict[Entry, Run] = {}
+    for precision in precisions:
+        ours = build_model(config, bench.device).to(precision.weights).eval()
+        naive = use_naive_experts(copy.deepcopy(ours, {id(p): p for p in ours.parameters()}))
+        dense_config = dense_of_equal_flops(config)
+        dense = build_model(dense_config, bench.device).to(precision.weights).eval()
+        for name, model in {"ours": ours, "naive": naive.eval(), "dense": dense}.items():
+            entry = Entry(name, precision, forward_flops(model.config, 2 * images))
+            contestants[entry] = sample_run(model, images, bench.device)
+    reference = f"naive {precisions[0].name}"
+    bench.heading("sample", config, f"guided; speed: against {reference}")
+    bench.report("sample", config, bench.alternate(contestants), reference)
+
+
+def sample_run(model: DiT, images: int, device: torch.device) -> Run:
+    """Time one guided Euler step."""
+    config = model.config
+    diffusion = create_diffusion("rf", learn_sigma=config.learn_sigma)
+
+    def run(watch: Stopwatch, seed: int) -> None:
+        noise, y = random_batch(config, images, device, seed)
+        with watch.part("sample"):
+            diffusion.sample(
+                model, noise, y, num_steps=1, cfg_scale=1.5, null_label=config.null_label
+            )
+
+    return run
+
+
+def measure_growth(bench: Bench, config: DiTConfig) -> None:
+    """(e) Our layer with more experts, more experts a token, and fewer tokens."""
+    images = 2 * bench.args.batch_size
+    tokens, E, K = (linear_layers(config, images)[0].rows, config.num_experts,
+                    config.num_experts_per_tok)  # fmt: skip
+    cases = dict.fromkeys(
+        [
+            *((experts, K, tokens) for experts in EXPERTS),
+            (E, K, tokens),
+            *((E, k, tokens) for k in EXPERTS_PER_TOK),
+            *((E, K, tokens // share) for share in TOKEN_SHARES),
+        ]
+    )
+    batches = random_tokens(bench, tokens, config.hidden_size)
+    bench.heading("growth", config, f"speed: against E={E} K={K} M={tokens}")
+    for precision in layer_precisions(bench):
+        contestants: dict[Entry, Run] = {}
+        for experts, k, M in cases:
+            changed = dataclasses.replace(
+                config, num_experts=experts, num_experts_per_tok=k, depth=1
+            )
+            flops = forward_flops(changed, images, "moe") * M // tokens
+            run = layer_run(random_moe(changed), [x[:, :M] for x in batches], precision)
+            contestants[Entry(f"E={experts} K={k} M={M}", precision, flops)] = run
+        reference = f"E={E} K={K} M={tokens} {precision.name}"
+        bench.report("growth", config, bench.alternate(contestants), reference)
+
+
+def measure_peak(
+    config: DiTConfig, naive: bool, precision: Precision, images: int, threads: int
+) -> dict[str, int]:
+    """Make two training steps in a fresh process; returns bytes held at the start, peak, needed."""
+    torch.set_num_threads(threads)
+    device = runtime.setup().device
+    imports = peak_bytes(device)
+    training = TrainingStep(config, device, naive)
+    for seed in range(2):
+        training.run(precision, images, Stopwatch(device), seed)
+    peak = peak_bytes(device)
+    step = lambda: training.run(precision, images, Stopwatch(device), 0)  # noqa: E731
+    return {"imports": imports, "peak": peak, "state": state_bytes(config),
+            "saved": saved_bytes(step, training.model)}  # fmt: skip
+
+
+def measure_memory(bench: Bench, config: DiTConfig) -> None:
+    """(f) Peak memory of training over what it must hold."""
+    bench.heading("memory", config, "peak without imports / (state + saved activations), in GB")
+    threads, images = torch.get_num_threads(), bench.args.batch_size
+    for name, (variant, naive) in model_variants(config).items():
+        for precision in train_precisions(bench):
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+                job = fresh.submit(measure_peak, variant, naive, precision, images, threads)
+                held = job.result()
+            ratio = (held["peak"] - held["imports"]) / (held["state"] + held["saved"])
+            gigabytes = {key: f"{value / 1e9:.2f}" for key, value in held.items()}
+            print(f"{name:<20} {precision.name:<10} ratio {ratio:.3f} {gigabytes}", flush=True)
+            bench.rows.append({"part": "memory", "contestant": name, "dtype": precision.name,
+                               "model": describe(config), "ratio": ratio, **held})  # fmt: skip
+
+
+def measure_cuda(bench: Bench, config: DiTConfig) -> None:
+    """(g) Kernel launches and waits of the host in a training step and a sampling step."""
+    bench.heading("cuda", config, "calls a step")
+    if bench.device.type != "cuda":
+        print("skipped: there is no GPU")
+        return
+    images = bench.args.batch_size
+    for name, (variant, naive) in model_variants(config).items():
+        for precision in train_precisions(bench):
+            training = TrainingStep(variant, bench.device, naive)
+            weights = precision._replace(mixed=False).weights
+            model = build_model(variant, bench.device, naive).to(weights).eval()
+
+            def step(watch: Stopwatch, seed: int, training=training, precision=precision) -> None:
+                training.run(precision, images, watch, seed)
+
+            runs = {"step": step, "sample": sample_run(model, images, bench.device)}
+            for what, run in runs.items():
+                counts = count_cuda_calls(run, bench.device)
+                print(f"{name:<20} {precision.name:<10} {what:<10} {counts}", flush=True)
+                bench.rows.append({"part": "cuda", "contestant": name, "dtype": precision.name,
+                                   "what": what, "model": describe(config), **counts})  # fmt: skip
+
+
+# ------------------------------------------------------------------------------ script
+
+PARTS: dict[str, Callable[[Bench, DiTConfig], None]] = {
+    "rate": measure_rate,
+    "layer": measure_layer,
+    "step": measure_step,
+    "sample": measure_sample,
+    "growth": measure_growth,
+    "memory": measure_memory,
+    "cuda": measure_cuda,
+}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Describe what the figures were measured on."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "gpu": gpu,
+            "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "load": os.getloadavg(), "time": time.strftime("%Y-%m-%d %H:%M:%S")}  # fmt: skip
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure all parts for all models, print the tables and write the JSON."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    bench = Bench(args, runtime.setup().device)
+    about = machine(bench.device)
+    print(about)
+    for name in args.models:
+        with torch.device("meta"):
+            config = DiT_models[name]().config
+        for part in args.parts:
+            PARTS[part](bench, config)
+    if args.out:
+        settings = {key: value for key, value in vars(args).items() if key != "out"}
+        content = {"machine": about, "settings": settings, "rows": bench.rows}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(build_parser().parse_args())
