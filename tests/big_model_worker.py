@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node=2 tests/big_model_worker.py FOLDER
 
-Needs about 21 GiB on two ranks. FOLDER gets the engine file: config/zero3.json with gradients
-accumulated in bfloat16 and small buckets, since both ranks share one machine's memory.
+Both ranks share one machine's memory, about 18 GiB of it. So FOLDER gets an engine file, which is
+config/zero3.json with gradients accumulated in bfloat16 and small buckets, and the EMA, mapped.
 """
 
 import json
@@ -12,6 +12,7 @@ import sys
 from itertools import islice
 from pathlib import Path
 
+import torch
 from launch import REPO
 
 import zero
@@ -44,6 +45,9 @@ def main(folder: Path) -> None:
     start = peak()
     trainer = DeepSpeedTrainer(prepare(build_deepspeed_parser().parse_args(flags), meta=True))
     built = peak()
+    for i, shard in enumerate(trainer.ema):
+        path = str(folder / f"ema_{rt.rank}_{i}")
+        trainer.ema[i] = torch.from_file(path, shared=True, size=len(shard)).copy_(shard)
     values = trainer.train_step(islice(latent_batches(trainer.job, 0), 1))
     figures = {
         "parameters": trainer.job.num_parameters[0],

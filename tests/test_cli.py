@@ -14,6 +14,7 @@ from launch import REPO, TINY_RUN, Process, save_tiny_vae, torchrun
 from PIL import Image
 
 from checkpoint import checkpoint_path, load_checkpoint, load_model
+from train_deepspeed import build_deepspeed_parser
 from train_utils import build_parser
 
 SCRIPTS = sorted(path.name for path in REPO.glob("*.py") if "__main__" in path.read_text())
@@ -153,7 +154,8 @@ def test_launch_scripts_start_training_with_flags_that_it_knows(
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     words = printed.stdout.split()
     position = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    args = build_parser(None).parse_known_args(words[position + 1 :])
+    parsers = {"train.py": build_parser(None), "train_deepspeed.py": build_deepspeed_parser()}
+    args = parsers[words[position]].parse_known_args(words[position + 1 :])
     assert args[1] == [] and args[0].max_steps == 7 and args[0].data_path == "images"
 
 

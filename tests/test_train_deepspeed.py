@@ -322,8 +322,8 @@ def test_a_billion_parameters_step_on_two_ranks_with_half_of_a_whole_copy_each(
     tmp_path: Path,
 ) -> None:
     available = psutil.virtual_memory().available
-    if available < 22 * GIB:
-        pytest.skip(f"needs 22 GiB of free memory, there are {available / GIB:.1f}")
+    if available < 19 * GIB:
+        pytest.skip(f"needs 19 GiB of free memory, there are {available / GIB:.1f}")
     worker = torchrun(str(REPO / "tests/big_model_worker.py"), str(tmp_path))
     Process(worker, tmp_path / "log.txt").wait(seconds=1200)
     for rank in range(2):

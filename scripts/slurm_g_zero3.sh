@@ -8,7 +8,7 @@
 #SBATCH --requeue
 #SBATCH --output=%x-%j.log
 # Example: train DiT-G/2-16E2A on 4 nodes of 8 GPUs under SLURM, from the repository's folder:
-#   DATA=/path/to/imagenet/train sbatch scripts/train_g_zero3.slurm.sh
+#   DATA=/path/to/imagenet/train sbatch scripts/slurm_g_zero3.sh
 # The folders of the data and of results/ must be shared by the nodes. A requeued job continues.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
