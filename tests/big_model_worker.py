@@ -7,6 +7,7 @@ config/zero3.json with gradients accumulated in bfloat16 and small buckets, and 
 """
 
 import json
+import os
 import resource
 import sys
 from itertools import islice
@@ -35,11 +36,12 @@ def main(folder: Path) -> None:
         *("stage3_max_live_parameters", "stage3_max_reuse_distance"),
     ]
     config["zero_optimization"] |= dict.fromkeys(small, 20_000_000)
-    (folder / "engine.json").write_text(json.dumps(config))
+    engine_file = folder / f"engine.{os.environ['RANK']}.json"  # each rank its own: no torn reads
+    engine_file.write_text(json.dumps(config))
     flags = [
         *("--data-path", "digits", "--model", "DiT-B/2", "--rf", "--grad-checkpointing"),
         *("--num-experts", "10", "--mlp-ratio", "4.17", "--global-batch-size", "2"),
-        *("--deepspeed-config", str(folder / "engine.json"), "--precision", "bf16"),
+        *("--deepspeed-config", str(engine_file), "--precision", "bf16"),
     ]
     rt = zero.join()
     start = peak()

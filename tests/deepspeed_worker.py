@@ -8,6 +8,7 @@ came out. FOLDER gets the engine files, made from those of config/ with float32 
 
 import functools
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def engine_file(case: str, folder: Path) -> str:
         config["zero_optimization"]["reduce_bucket_size"] = 1_000_000
         if "3" in case:
             config["zero_optimization"]["stage3_param_persistence_threshold"] = PERSISTENT
-    path = folder / f"{case}.json"
+    path = folder / f"{case}.{os.environ['RANK']}.json"  # each rank its own: no torn reads
     path.write_text(json.dumps(config))
     return str(path)
 
