@@ -41,7 +41,7 @@ def engine_file(case: str, folder: Path) -> str:
         config["zero_optimization"]["reduce_bucket_size"] = 1_000_000
         if "3" in case:
             config["zero_optimization"]["stage3_param_persistence_threshold"] = PERSISTENT
-    path = folder / f"{case}.{os.environ['RANK']}.json"  # each rank its own: no torn reads
+    path = folder / f"{case}.{os.environ.get('RANK', 0)}.json"  # a rank its own: no torn reads
     path.write_text(json.dumps(config))
     return str(path)
 
