@@ -1,7 +1,11 @@
 """What is on disk: training checkpoints, and the weights of every published layout.
 
 1. `save_checkpoint`, `load_checkpoint`, `latest_checkpoint`, `prune_checkpoints`: training state.
-2. `load_model`, `load_settings`, `save_safetensors`: weights and the config they belong to.
+2. `open_weights`, `load_model`, `load_settings`, `save_safetensors`: weights and their config.
+3. `main`: the command line.
+
+    python checkpoint.py convert dit_moe_xl_8E2A.pt XL-folder
+    python checkpoint.py convert results/RUN published.pt
 
 Nothing read here can run code: torch files are opened with `weights_only=True`. Everything
 is written under a temporary name first, so a file that has its name is whole.
@@ -14,6 +18,7 @@ import logging
 import os
 import pickle
 import re
+import sys
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from layouts import StateDict, infer_config, to_ours
+from layouts import StateDict, block_index, infer_config, to_ours
 from models import DiT, DiTConfig, sincos_pos_embed
 
 FORMAT, VERSION = "dit-moe", 1
@@ -34,9 +39,11 @@ CHECKPOINT_KEYS = (
     *("model", "ema", "optimizer", "scaler", "step", "rng"),
 )
 ACCEPTED = (
-    "accepted are: our .pt or .safetensors, a run folder, a published DiT-MoE or DiT .pt (flat, "
-    '{"ema"}, or {"model", "ema", "opt", "args"}), a diffusers DiTTransformer2DModel folder'
+    "accepted are: our .pt, .safetensors or folder of them, a run folder, a published DiT-MoE or "
+    'DiT .pt (flat, {"ema"}, or {"model", "ema", "opt", "args"}), '
+    "a diffusers DiTTransformer2DModel folder"
 )
+FLOAT32_NAMES = ("pos_embed", "moe.router.weight")  # computed in float32 whatever the rest is in
 
 
 # ---------------------------------------------------------------- training checkpoints
@@ -174,6 +181,67 @@ class _Source(NamedTuple):
     known: Mapping[str, Any] = {}  # config fields that the file tells apart from its tensors
 
 
+class SafetensorsWeights(Mapping[str, Tensor]):
+    """Names to tensors of some files; each access maps its tensor anew, to be freed with it.
+
+    So a model that is read once, a block at a time, never takes more memory than a block.
+    """
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self.files = files  # name -> its file
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self.files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+class Weights(NamedTuple):
+    """Weights that are open but not read."""
+
+    state: StateDict  # in the layout of the file, see layouts.to_ours
+    config: DiTConfig
+    settings: Mapping[str, Any]
+
+
+def open_weights(
+    path: str | Path,
+    *,
+    ema: bool = True,
+    config: DiTConfig | None = None,
+    known: Mapping[str, Any] | None = None,
+) -> Weights:
+    """Find the weights at `path` and their config; tensors are mapped from the file when used.
+
+    Args:
+        path, ema, config: as in `load_model`.
+        known: config fields that neither the file nor its shapes tell.
+
+    Raises: as `load_model`.
+    """
+    source = _open(Path(path))
+    kinds = ("ema", "model") if ema else ("model",)
+    found = [source.weights[kind] for kind in kinds if kind in source.weights]
+    if not found:
+        raise ValueError(f"ema={ema}: {path} holds only the weights {sorted(source.weights)}")
+    config = config or source.config
+    if config is None:
+        indices = {name: block_index(name) for name in found[0]}
+        depth = 1 + max((i for i in indices.values() if i is not None), default=0)
+        first = {name: found[0][name] for name, i in indices.items() if not i}  # None or block 0
+        given = {"depth": depth, **source.known, **(known or {})}
+        try:
+            config = infer_config(dict(to_ours(first)), given)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    return Weights(found[0], config, source.settings)
+
+
 def load_model(
     path: str | Path,
     *,
@@ -188,11 +256,11 @@ def load_model(
     copy. On the CPU, tensors which need no cast stay mapped from the file until written to.
 
     Args:
-        path: our .pt or .safetensors, a run folder (its latest checkpoint), a published .pt, or
-            a diffusers DiTTransformer2DModel folder.
+        path: our .pt, .safetensors or folder of them, a run folder (its latest checkpoint), a
+            published .pt, or a diffusers DiTTransformer2DModel folder.
         ema: take the averaged weights where the file has both; False insists on the others.
             A file with one unnamed set of weights serves both.
-        dtype: of the parameters, None for that of the file.
+        dtype: of the parameters, except `FLOAT32_NAMES`; None for that of the file.
         device: of the parameters.
         config: needed where shapes don't tell it all (see `infer_config`), else left out.
 
@@ -201,23 +269,34 @@ def load_model(
         ValueError: the file is damaged, wants to run code, or is of no known layout; the weights
             asked for are absent, or don't fit the config.
     """
-    source = _open(Path(path))
-    kinds = ("ema", "model") if ema else ("model",)
-    found = [source.weights[kind] for kind in kinds if kind in source.weights]
-    if not found:
-        raise ValueError(f"ema={ema}: {path} holds only the weights {sorted(source.weights)}")
+    weights = open_weights(path, ema=ema, config=config)
     try:
-        state = {name: tensor.to(device, dtype) for name, tensor in to_ours(found[0])}
-        config = config or source.config or infer_config(state, source.known)
-        if "pos_embed" not in state:  # diffusers doesn't save it
-            table = sincos_pos_embed(config.input_size // config.patch_size, config.hidden_size)
-            state["pos_embed"] = table.to(device, dtype)
+        tensors = to_ours(weights.state)
+        state = {name: place(name, tensor, device, dtype) for name, tensor in tensors}
+        add_pos_embed(state, weights.config, device)
         with torch.device("meta"):
-            model = DiT(config)
+            model = DiT(weights.config)
         model.load_state_dict(state, assign=True)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: {error}") from error
     return model.eval()
+
+
+def place(
+    name: str, tensor: Tensor, device: str | torch.device, dtype: torch.dtype | None
+) -> Tensor:
+    """Bring a parameter to its device and dtype: `dtype`, or float32 for `FLOAT32_NAMES`."""
+    keeps = dtype is not None and name.endswith(FLOAT32_NAMES)
+    return tensor.to(device, torch.float32 if keeps else dtype)
+
+
+def add_pos_embed(
+    state: dict[str, Tensor], config: DiTConfig, device: str | torch.device = "cpu"
+) -> None:
+    """Add the frozen position table where the layout, diffusers', does not save it."""
+    if "pos_embed" not in state:
+        table = sincos_pos_embed(config.input_size // config.patch_size, config.hidden_size)
+        state["pos_embed"] = table.to(device)
 
 
 def load_settings(path: str | Path) -> dict[str, Any]:
@@ -230,7 +309,7 @@ def save_safetensors(
 ) -> None:
     """Write weights alone, with config and settings as JSON in the file's metadata."""
     metadata = {"config": json.dumps(config.to_dict()), "settings": json.dumps(dict(settings))}
-    tensors = {name: tensor.contiguous() for name, tensor in model_state.items()}
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model_state.items()}
     with atomic_write(path) as temp:
         save_file(tensors, temp, metadata={"format": "pt", **metadata})
 
@@ -262,46 +341,58 @@ def _wrapped(content: dict[str, Any]) -> dict[str, StateDict]:
 
 
 def _open_folder(folder: Path) -> _Source:
-    """Open the latest checkpoint of a run, or a diffusers model."""
+    """Open the latest checkpoint of a run, a folder of our safetensors, or a diffusers model."""
     if (latest := latest_checkpoint(folder)) is not None:
         return _open(latest)
     if (folder / "model_index.json").is_file():  # a whole diffusers pipeline
         folder = folder / "transformer"
     config_path = folder / "config.json"
     config = json.loads(config_path.read_text()) if config_path.is_file() else {}
+    if "hidden_size" in config:
+        return _open_safetensors(*_shards(folder, "model"))
     if config.get("_class_name") != "DiTTransformer2DModel":
         found = config.get("_class_name") or sorted(item.name for item in folder.iterdir())[:5]
         raise ValueError(f"{folder} is a folder with {found}; {ACCEPTED}")
     if config["activation_fn"] != "gelu-approximate":
         raise ValueError(f"{folder}: activation_fn {config['activation_fn']} is no DiT's")
-    whole = folder / "diffusion_pytorch_model.safetensors"
-    shards = sorted(folder.glob("diffusion_pytorch_model-*-of-*.safetensors"))
-    if not whole.is_file() and not shards:
-        raise ValueError(f"{folder} has a config.json but no {whole.name}")
-    state: dict[str, Tensor] = {}
-    for file in [whole] if whole.is_file() else shards:
-        state |= _open_safetensors(file).weights["model"]
+    source = _open_safetensors(*_shards(folder, "diffusion_pytorch_model"))
     known = {"num_heads": config["num_attention_heads"], "input_size": config["sample_size"]}
-    return _Source({"model": state, "ema": state}, known=known)
+    return source._replace(known=known)
 
 
-def _open_safetensors(path: Path) -> _Source:
-    """Open one file; its config may also lie beside it as config.json."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
-    beside = path.with_name("config.json")
+def _shards(folder: Path, stem: str) -> list[Path]:
+    """Return STEM.safetensors or, by the index beside them, all of STEM-0000i-of-0000n."""
+    index = folder / f"{stem}.safetensors.index.json"
+    if not index.is_file():
+        if not (folder / f"{stem}.safetensors").is_file():
+            raise ValueError(f"{folder} has a config.json but no {stem}.safetensors")
+        return [folder / f"{stem}.safetensors"]
+    return [
+        folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    ]
+
+
+def _open_safetensors(*paths: Path) -> _Source:
+    """Open files of one model; its config may also lie beside them as config.json."""
+    metadata: dict[str, str] = {}
+    files: dict[str, Path] = {}
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"no such file: {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata |= file.metadata() or {}
+                files |= dict.fromkeys(file.keys(), path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+    beside = paths[0].with_name("config.json")
     fields = json.loads(metadata["config"]) if "config" in metadata else None
-    if fields is None and beside.is_file() and "_class_name" not in beside.read_text():
+    if fields is None and beside.is_file():
         fields = json.loads(beside.read_text())
-    config = None if fields is None else DiTConfig.from_dict(fields)
+    config = DiTConfig.from_dict(fields) if fields and "_class_name" not in fields else None
+    weights = SafetensorsWeights(files)
     return _Source(
-        {"model": state, "ema": state}, config, json.loads(metadata.get("settings", "{}"))
+        {"model": weights, "ema": weights}, config, json.loads(metadata.get("settings", "{}"))
     )
 
 
@@ -347,3 +438,44 @@ def _describe(content: Any) -> str:
     if isinstance(content, dict):
         return f"a dict with the keys {[str(key) for key in content][:5]}"
     return f"a {type(content).__name__}"
+
+
+# ---------------------------------------------------------------- command line
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the subcommands."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    convert = commands.add_parser("convert", help="write weights in another layout")
+    convert.add_argument("src", help=ACCEPTED)
+    convert.add_argument(
+        "dst", help=".safetensors (ours), .pt (published layout) or a folder (ours, sharded)"
+    )
+    convert.add_argument("--pipeline", action="store_true", help="DST: a diffusers pipeline folder")
+    convert.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="else as SRC")
+    convert.add_argument("--no-ema", action="store_true", help="take the weights before averaging")
+    convert.add_argument("--num-heads", type=int, help="for files that do not tell")
+    convert.add_argument(
+        "--attention", choices=["qkv", "Wqkv"], help="names in a .pt; default Wqkv with QK norm"
+    )
+    convert.add_argument(
+        "--vae-path", help="of the pipeline; default: the one SRC was trained with"
+    )
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run one subcommand."""
+    from hub import convert
+
+    try:
+        print({"convert": convert}[args.command](args))
+    except (ValueError, OSError) as error:
+        sys.exit(f"checkpoint.py {args.command}: error: {error}")
+
+
+if __name__ == "__main__":
+    main(build_parser().parse_args())

@@ -241,11 +241,17 @@ def load_balancing_loss(probs: Tensor, expert_indices: Tensor) -> Tensor:
 class TopKRouter(nn.Module):
     """Choose K of E experts for each token: softmax over all experts, then top-K."""
 
-    def __init__(self, config: DiTConfig) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        num_experts_per_tok: int,
+        norm_topk_prob: bool = False,
+    ) -> None:
         super().__init__()
-        self.num_experts_per_tok = config.num_experts_per_tok
-        self.norm_topk_prob = config.norm_topk_prob
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.num_experts_per_tok = num_experts_per_tok
+        self.norm_topk_prob = norm_topk_prob
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
 
     def forward(self, x: Tensor) -> Routing:
         """Route (M, D) tokens, in float32: bfloat16 logits tie and flip choices between experts."""
@@ -326,7 +332,12 @@ class MoE(nn.Module):
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.router = TopKRouter(config)
+        self.router = TopKRouter(
+            config.hidden_size,
+            config.num_experts,
+            config.num_experts_per_tok,
+            config.norm_topk_prob,
+        )
         experts = Experts if config.mlp_type == "swiglu" else GeluExperts
         self.experts = experts(config.num_experts, config.hidden_size, config.mlp_hidden_size)
         self.shared_experts = (
