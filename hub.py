@@ -94,7 +94,7 @@ def save_folder(
         if len(shards) == 1:
             (folder / "0.safetensors").rename(folder / "model.safetensors")
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for i, names in enumerate(shards):
             file_name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
             (folder / f"{i}.safetensors").rename(folder / file_name)

@@ -159,10 +159,9 @@ class _InBlockOrder(Mapping[str, Tensor]):
         return self.state[name]
 
     def __iter__(self) -> Iterator[str]:
-        indices = {name: block_index(name) for name in self.state}
-        return iter(
-            sorted(indices, key=lambda name: -1 if indices[name] is None else indices[name])
-        )
+        found = {name: block_index(name) for name in self.state}
+        indices = {name: -1 if index is None else index for name, index in found.items()}
+        return iter(sorted(indices, key=indices.__getitem__))
 
     def __len__(self) -> int:
         return len(self.state)

@@ -278,7 +278,7 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
-def build_mlp(config: DiTConfig, mlp_hidden_size: int) -> nn.Module:
+def build_mlp(config: DiTConfig, mlp_hidden_size: int) -> Any:
     """Return a dense MLP of the config's form: (..., D) to (..., D)."""
     if config.mlp_type == "swiglu":
         return SwiGLU(config.hidden_size, mlp_hidden_size)
@@ -338,7 +338,7 @@ class MoE(nn.Module):
             config.num_experts_per_tok,
             config.norm_topk_prob,
         )
-        experts = Experts if config.mlp_type == "swiglu" else GeluExperts
+        experts: Any = Experts if config.mlp_type == "swiglu" else GeluExperts
         self.experts = experts(config.num_experts, config.hidden_size, config.mlp_hidden_size)
         self.shared_experts = (
             build_mlp(config, config.num_shared_experts * config.hidden_size)

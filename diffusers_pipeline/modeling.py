@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
 PACKAGE = "dit_moe"
@@ -41,5 +41,5 @@ class DiTMoE(ModelMixin):
         return cls(dit if torch_dtype is None else dit.to(torch_dtype)).eval()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Predict noise or velocity (N, C_out, H, W) from latents x (N, C, H, W) at times t (N,)."""
+        """Predict noise or velocity (N, C_out, H, W) of latents x (N, C, H, W) at times t (N,)."""
         return self.dit(x, t, y)

@@ -10,14 +10,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
 from torch import Tensor
+
+DECODE_CHUNK_PIXELS = 16 * 32 * 32  # latent pixels decoded at once, as sample.py does
 
 
 class DiTMoEPipeline(DiffusionPipeline):
     """Class-conditional images from a DiT-MoE and, unless it works on pixels, a VAE."""
 
+    transformer: Any
+    vae: Any
+    config: Any
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ("vae",)
 
@@ -106,7 +111,8 @@ class DiTMoEPipeline(DiffusionPipeline):
             return latents.clamp(-1, 1).cpu()
         config = self.vae.config
         codes = latents / config.scaling_factor + (config.shift_factor or 0.0)
-        images = [self.vae.decode(code[None].to(self.vae.dtype)).sample.float() for code in codes]
+        parts = codes.split(max(1, DECODE_CHUNK_PIXELS // codes[0, 0].numel()))
+        images = [self.vae.decode(part.to(self.vae.dtype)).sample.float() for part in parts]
         return torch.cat(images).clamp(-1, 1).cpu()
 
 
