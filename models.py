@@ -76,6 +76,7 @@ class DiTConfig:
             0.0 <= self.class_dropout_prob < 1.0,
             f"class_dropout_prob={self.class_dropout_prob} must be in [0, 1)",
         )
+        require(self.mlp_hidden_size >= 1, f"mlp_ratio={self.mlp_ratio} must be positive")
         require(self.num_experts >= 0, f"num_experts={self.num_experts} must be 0 (dense) or more")
         require(
             self.num_experts == 0 or 1 <= self.num_experts_per_tok <= self.num_experts,
@@ -104,7 +105,7 @@ class DiTConfig:
     @property
     def mlp_hidden_size(self) -> int:
         """F, the hidden width of one routed expert or of the dense MLP."""
-        return int(self.hidden_size * self.mlp_ratio)
+        return round(self.hidden_size * self.mlp_ratio)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain Python values, ready for JSON."""

@@ -6,11 +6,11 @@ whole routed layer and the only place that chooses between the two, and `gelu_ex
 for upcycled dense networks, grouped on every device.
 
 Shapes: M tokens, K experts per token, R = M*K routed rows, E experts, D hidden, F expert hidden.
-Nothing here reads a tensor's value on the host on a GPU, every shape is static, and no sum depends
-on the order of atomics: equal input gives equal bits.
+On a GPU every shape is static and no tensor's value is read on the host (in bfloat16; torch's own
+fallback for other dtypes reads the offsets once a matmul). No sum depends on the order of atomics:
+equal input gives equal bits.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -49,13 +49,49 @@ def sum_rows(rows: Tensor, inverse: Tensor, k: int) -> Tensor:
 # ------------------------------------------------------------------------------ CPU path
 
 
-def _segments(offsets: Tensor) -> Iterator[tuple[int, int, int]]:
-    """Yield (expert, start, end) of every expert that has rows."""
-    start = 0
-    for expert, end in enumerate(offsets.tolist()):
-        if end > start:
-            yield expert, start, end
-        start = end
+class _Rows(NamedTuple):
+    """Sorted rows, each expert's segment padded to a multiple of `alignment` rows.
+
+    oneDNN compiles a kernel for every new matrix shape (about 1 ms each), and the loads change at
+    every step: padding leaves few shapes. A padding row repeats the segment's last token with
+    weight 0, so it adds nothing to any sum. float32 matmuls (MKL) compile nothing: no padding.
+    """
+
+    segments: list[tuple[int, int, int]]  # (expert, start, end) of every expert that has rows
+    tokens: Tensor  # (R_pad,) int64
+    weights: Tensor  # (R_pad, 1)
+    row_of_choice: Tensor  # (R,) int64: row of each flat (token, choice) index
+
+
+def _row_alignment(num_rows: int, num_experts: int, dtype: torch.dtype) -> int:
+    """Return the power of two that pads an average segment by a sixteenth at most."""
+    if dtype == torch.float32:
+        return 1
+    return 1 << min(max(num_rows // (8 * num_experts), 1).bit_length() - 1, 6)
+
+
+def _padded_size(num_rows: int, num_experts: int, dtype: torch.dtype) -> int:
+    """Return the number of rows that always suffices, whatever the loads."""
+    return num_rows + num_experts * (_row_alignment(num_rows, num_experts, dtype) - 1)
+
+
+def _lay_out_rows(expert_weights: Tensor, plan: DispatchPlan) -> _Rows:
+    num_rows, num_experts = len(plan.order), len(plan.offsets)
+    alignment = _row_alignment(num_rows, num_experts, expert_weights.dtype)
+    counts = torch.diff(plan.offsets, prepend=plan.offsets.new_zeros(1))
+    padded_counts = (counts + alignment - 1) // alignment * alignment
+    ends, padded_ends = plan.offsets.long(), padded_counts.cumsum(0)
+    starts, padded_starts = ends - counts, padded_ends - padded_counts
+    expert = torch.arange(num_experts).repeat_interleave(padded_counts)  # (R_pad,)
+    within = torch.arange(len(expert)) - padded_starts[expert]  # row within its segment
+    real = within < counts[expert]
+    source = plan.order[torch.minimum(starts[expert] + within, ends[expert] - 1)]
+    weights = expert_weights.flatten()[source].mul_(real)
+    row_of_choice = torch.empty_like(plan.order)
+    row_of_choice[source[real]] = real.nonzero().squeeze(1)
+    spans = zip(padded_starts.tolist(), padded_ends.tolist(), strict=True)
+    segments = [(expert, start, end) for expert, (start, end) in enumerate(spans) if end > start]
+    return _Rows(segments, source // expert_weights.shape[1], weights[:, None], row_of_choice)
 
 
 @torch.library.custom_op("dit_moe::swiglu_segments", mutates_args=())
@@ -82,14 +118,14 @@ def swiglu_segments(
         keep_hidden: whether there will be a backward, which needs the hidden rows.
 
     Returns:
-        (M, D) output, and the sorted gate and up rows (2, R, F), or (2, 0, F).
+        (M, D) output, and the sorted, padded gate and up rows (2, R_pad, F), or (2, 0, F).
     """
-    k, width = expert_weights.shape[1], down_proj.shape[2]
-    row_tokens, row_weights = order // k, expert_weights.flatten().index_select(0, order)[:, None]
-    out_rows = x.new_empty(len(order), x.shape[1])
-    hidden = x.new_empty(2, len(order) if keep_hidden else 0, width)
-    for expert, start, end in _segments(offsets):
-        rows = x.index_select(0, row_tokens[start:end])
+    laid = _lay_out_rows(expert_weights, DispatchPlan(order, inverse, offsets))
+    out_rows = x.new_empty(len(laid.tokens), x.shape[1])
+    num_hidden = _padded_size(len(order), len(offsets), x.dtype) if keep_hidden else 0
+    hidden = x.new_empty(2, num_hidden, down_proj.shape[2])
+    for expert, start, end in laid.segments:
+        rows = x.index_select(0, laid.tokens[start:end])
         gate_weight, up_weight = gate_up_proj[expert].to(x.dtype).chunk(2)
         if keep_hidden:
             gate, up = hidden[:, start:end]
@@ -98,15 +134,15 @@ def swiglu_segments(
             activation = F.silu(gate)
         else:
             activation, up = F.silu(rows @ gate_weight.t(), inplace=True), rows @ up_weight.t()
-        activation.mul_(up).mul_(row_weights[start:end])
+        activation.mul_(up).mul_(laid.weights[start:end])
         torch.mm(activation, down_proj[expert].to(x.dtype).t(), out=out_rows[start:end])
-    return sum_rows(out_rows, inverse, k), hidden
+    return sum_rows(out_rows, laid.row_of_choice, expert_weights.shape[1]), hidden
 
 
 @swiglu_segments.register_fake
 def _(x, gate_up_proj, down_proj, expert_weights, order, inverse, offsets, keep_hidden):
-    num_rows = order.shape[0] if keep_hidden else 0
-    return torch.empty_like(x), x.new_empty(2, num_rows, down_proj.shape[2])
+    num_rows = _padded_size(order.shape[0], offsets.shape[0], x.dtype) if keep_hidden else 0
+    return x.new_empty(x.shape), x.new_empty(2, num_rows, down_proj.shape[2])
 
 
 @torch.library.custom_op("dit_moe::swiglu_segments_backward", mutates_args=())
@@ -129,13 +165,14 @@ def swiglu_segments_backward(
     Returns:
         Gradients of x, gate_up_proj, down_proj and expert_weights, in their shapes and dtypes.
     """
-    k, width = expert_weights.shape[1], down_proj.shape[2]
-    row_tokens, row_weights = order // k, expert_weights.flatten().index_select(0, order)[:, None]
-    grad_rows = x.new_empty(len(order), x.shape[1])
-    grad_row_weights = torch.empty_like(row_weights)
-    grad_gate_up, grad_down = torch.empty_like(gate_up_proj), torch.empty_like(down_proj)
-    for expert, start, end in _segments(offsets):
-        tokens = row_tokens[start:end]
+    laid = _lay_out_rows(expert_weights, DispatchPlan(order, inverse, offsets))
+    width = down_proj.shape[2]
+    grad_rows = x.new_empty(len(laid.tokens), x.shape[1])
+    grad_row_weights = torch.empty_like(laid.weights)
+    grad_gate_up = gate_up_proj.new_empty(gate_up_proj.shape)
+    grad_down = down_proj.new_empty(down_proj.shape)
+    for expert, start, end in laid.segments:
+        tokens, row_weights = laid.tokens[start:end], laid.weights[start:end]
         rows, grad_out = x.index_select(0, tokens), grad.index_select(0, tokens)
         gate, up = hidden[:, start:end]
         silu = F.silu(gate)
@@ -143,8 +180,8 @@ def swiglu_segments_backward(
         grad_activation = grad_out @ down_proj[expert].to(x.dtype)  # without the row's weight
         # <grad, weight * down(activation)> by linearity, without keeping the expert's output
         torch.sum(grad_activation * activation, 1, True, out=grad_row_weights[start:end])
-        _matmul_into(grad_down[expert], grad_out.t(), activation.mul_(row_weights[start:end]))
-        grad_activation.mul_(row_weights[start:end])
+        _matmul_into(grad_down[expert], grad_out.t(), activation.mul_(row_weights))
+        grad_activation.mul_(row_weights)
         grad_up = silu.mul_(grad_activation)
         grad_gate = torch.ops.aten.silu_backward(grad_activation.mul_(up), gate)
         gate_weight, up_weight = gate_up_proj[expert].to(x.dtype).chunk(2)
@@ -152,10 +189,11 @@ def swiglu_segments_backward(
         grad_rows[start:end].addmm_(grad_up, up_weight)
         _matmul_into(grad_gate_up[expert, :width], grad_gate.t(), rows)
         _matmul_into(grad_gate_up[expert, width:], grad_up.t(), rows)
-    empty = torch.diff(offsets, prepend=offsets.new_zeros(1)) == 0
-    grad_gate_up[empty], grad_down[empty] = 0, 0
-    grad_weights = grad_row_weights.index_select(0, inverse).view_as(expert_weights)
-    return sum_rows(grad_rows, inverse, k), grad_gate_up, grad_down, grad_weights
+    idle = torch.diff(offsets, prepend=offsets.new_zeros(1)) == 0
+    grad_gate_up[idle], grad_down[idle] = 0, 0
+    grad_weights = grad_row_weights[laid.row_of_choice].view_as(expert_weights)
+    grad_x = sum_rows(grad_rows, laid.row_of_choice, expert_weights.shape[1])
+    return grad_x, grad_gate_up, grad_down, grad_weights
 
 
 def _matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -168,7 +206,7 @@ def _matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 @swiglu_segments_backward.register_fake
 def _(grad, x, gate_up_proj, down_proj, expert_weights, order, inverse, offsets, hidden):
-    return tuple(torch.empty_like(of) for of in (x, gate_up_proj, down_proj, expert_weights))
+    return tuple(of.new_empty(of.shape) for of in (x, gate_up_proj, down_proj, expert_weights))
 
 
 def _segments_setup(ctx, inputs, output) -> None:
@@ -317,7 +355,8 @@ def swiglu_experts(
     plan = sort_by_expert(expert_indices, gate_up_proj.shape[0])
     expert_weights = expert_weights.to(x.dtype)
     if x.device.type == "cpu":
-        keep_hidden = torch.is_grad_enabled() and (x.requires_grad or down_proj.requires_grad)
+        inputs = (x, gate_up_proj, down_proj, expert_weights)
+        keep_hidden = torch.is_grad_enabled() and any(of.requires_grad for of in inputs)
         return swiglu_segments(x, gate_up_proj, down_proj, expert_weights, *plan, keep_hidden)[0]
     gate_up_proj, down_proj = gate_up_proj.to(x.dtype), down_proj.to(x.dtype)
     return swiglu_grouped(x, gate_up_proj, down_proj, expert_weights, plan)

@@ -111,6 +111,14 @@ def set_rng_state(state: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def from_main(value: Any) -> Any:
+    """Return the main process's object on every rank."""
+    shared = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(shared)
+    return shared[0]
+
+
 def gather_on_main(value: Any) -> list[Any]:
     """Collect one object of every rank on the main process; elsewhere the list is empty."""
     if not dist.is_initialized():

@@ -36,10 +36,10 @@ def build_parser() -> FlagParser:
     data.add("--num-per-class", type=number(int, 1), help="images of each label; default by count")
 
     model = parser.group("Model")
-    model.add("--model", choices=list(DiT_models), help="for files that do not tell")
+    model.add("--model", choices=list(DiT_models), help="checked against the checkpoint")
     model.add("--num-classes", type=number(int, 1), help="checked against the checkpoint")
     model.add("--num-experts", type=number(int, 0), help="checked against the checkpoint")
-    model.add("--num-experts-per-tok", type=number(int, 1), help="for files that do not tell")
+    model.add("--num-experts-per-tok", type=number(int, 1), help="checked likewise")
     model.add("--rf", default=None, **flag, help="objective of a published file; ours tell")
     model.add("--ema", default=True, **flag, help="averaged weights")
     model.add("--dtype", choices=list(runtime.DTYPES), help="of the weights; default: by hardware")
@@ -144,6 +144,11 @@ def main(args: argparse.Namespace) -> None:
         diffusion = find_objective(args, settings, model)
         vae_path = args.vae_path or settings.get("vae_path") or "stabilityai/sd-vae-ft-ema"
         vae = load_vae(vae_path, device=device)
+        if vae.channels not in (None, config.in_channels):
+            raise ValueError(
+                f"--vae-path {vae_path} makes {vae.channels} latent channels, {args.ckpt} has "
+                f"{config.in_channels}"
+            )
         check_flags(args, config, config.input_size * vae.downsample)
         labels = parse_labels(args, config, settings.get("class_names", []))
         per_class = args.num_per_class or max(40 // len(labels), 1)

@@ -18,7 +18,16 @@ from torch.nn.utils import clip_grad_norm_
 
 import runtime
 from checkpoint import checkpoint_path, load_checkpoint, prune_checkpoints, save_checkpoint
-from train_utils import Batch, Ema, Job, build_parser, draw_grid, launch, learning_rate
+from train_utils import (
+    Batch,
+    Ema,
+    Job,
+    build_parser,
+    check_resumable,
+    draw_grid,
+    launch,
+    learning_rate,
+)
 
 
 class DdpTrainer:
@@ -44,7 +53,6 @@ class DdpTrainer:
             self.wrapped = DistributedDataParallel(
                 self.model,
                 device_ids=devices,
-                broadcast_buffers=False,
                 gradient_as_bucket_view=True,
             )
 
@@ -112,15 +120,12 @@ class DdpTrainer:
             ValueError: if it is damaged or of another model.
         """
         content = load_checkpoint(path)
-        ours = self.model.config.to_dict()
-        if differing := {k for k in ours if content["config"].get(k) != ours[k]}:
-            raise ValueError(
-                f"--resume: {path} was trained with another {', '.join(sorted(differing))}; "
-                "give the same flags, or another --run-name to start anew"
-            )
+        check_resumable(self.job, path, content["config"], content["settings"])
         self.model.load_state_dict(content["model"])
         self.ema.model.load_state_dict(content["ema"])
         self.optimizer.load_state_dict(content["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = self.args.weight_decay
         if content["scaler"] is not None:
             self.scaler.load_state_dict(content["scaler"])
         self.step = content["step"]

@@ -42,6 +42,11 @@ from routing import LoadCounter, dead_experts, load_entropy, max_violation
 from runtime import Runtime
 
 GRID_COLUMNS, GRID_ROWS = 10, 6
+# Flags that a run may change on its way, but then it is not the run that it would have been.
+COURSE = (
+    *("data_path", "vae_path", "flip", "seed", "global_batch_size", "lr", "warmup_steps"),
+    *("weight_decay", "clip_grad", "ema_decay", "aux_loss_weight", "precision"),
+)
 
 
 # ------------------------------------------------------------------------------ flags
@@ -95,7 +100,8 @@ def build_parser(docstring: str | None) -> FlagParser:
     run.add("--resume", default="auto", help="'auto' = this run's last, 'never', or a file")
     run.add("--epochs", type=count, default=1400, help="passes over the data")
     run.add("--max-steps", type=count, help="optimizer steps; ends earlier than --epochs")
-    run.add("--seed", "--global-seed", "--global_seed", type=int, default=0, help="of all draws")
+    run.add("--seed", "--global-seed", "--global_seed", type=number(int, 0), default=0,
+            help="of all draws")  # fmt: skip
     run.add("--log-every", type=count, default=100, help="steps")
     run.add("--ckpt-every", type=count, default=5000, help="steps; the last step is saved too")
     run.add("--keep-last", type=number(int, 0), default=3, help="checkpoints kept; 0 = all")
@@ -238,10 +244,16 @@ def find_resume(args: argparse.Namespace, run_dir: Path) -> Path | None:
 
     Raises:
         ValueError: if `--resume never` would write over a run.
-        FileNotFoundError: if `--resume FILE` is not there.
+        FileNotFoundError: if `--resume FILE`, or this node's copy of the run, is not there.
     """
     if args.resume == "auto":
-        return latest_checkpoint(run_dir)
+        latest = runtime.from_main(latest_checkpoint(run_dir))
+        if latest is not None and not latest.exists():
+            raise FileNotFoundError(
+                f"--results-dir {args.results_dir}: no {latest} here, but on the main node; "
+                "the nodes must share it"
+            )
+        return latest
     if args.resume == "never":
         if latest_checkpoint(run_dir) is not None:
             raise ValueError(f"--resume never: {run_dir} has checkpoints; give another --run-name")
@@ -249,6 +261,30 @@ def find_resume(args: argparse.Namespace, run_dir: Path) -> Path | None:
     if not Path(args.resume).exists():
         raise FileNotFoundError(f"--resume {args.resume}: no such file")
     return Path(args.resume)
+
+
+def check_resumable(job: Job, path: Path, config: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Compare a checkpoint with the flags; warn where the run goes on in another way.
+
+    Args:
+        job: of the flags.
+        path: of the checkpoint, for messages.
+        config: of its model.
+        settings: saved with it.
+
+    Raises:
+        ValueError: naming what differs, if it is of another model or objective.
+    """
+    ours = {**job.model.config.to_dict(), "objective": job.args.objective}
+    theirs = {**config, "objective": settings["objective"]}
+    if differing := [name for name in ours if theirs.get(name) != ours[name]]:
+        raise ValueError(
+            f"--resume: {path} was trained with another {', '.join(differing)}; "
+            "give the same flags, or another --run-name to start anew"
+        )
+    for name in COURSE:
+        if (before := settings.get(name)) != (now := getattr(job.args, name)):
+            logging.warning("%s: --%s was %s, is %s", path, name.replace("_", "-"), before, now)
 
 
 def describe(job: Job) -> str:
@@ -340,7 +376,8 @@ class Reporter:
         """Write the means since the last call, over steps and ranks, as one point of each curve.
 
         Raises:
-            FloatingPointError: if the loss is no longer a number; checkpoints are left alone.
+            FloatingPointError: if the loss or the gradient, and so the model, is no longer a
+                number; checkpoints are left alone.
         """
         sums = runtime.sum_over_ranks(torch.stack(list(self._sums.values()))).tolist()
         per = self._num_steps * self.rt.world_size
@@ -349,12 +386,15 @@ class Reporter:
         scalars |= {"lr": lr, "images_per_second": self.args.global_batch_size / seconds}
         scalars |= load_scalars(self.counter)
         self._reset()
-        if not math.isfinite(scalars["loss"]):
-            raise FloatingPointError(
-                f"the loss is {scalars['loss']} after step {step}; the checkpoints in "
-                f"{self.run_dir} are from before. Try a lower --lr, --clip-grad, --qk-norm or "
-                "--precision fp32"
-            )
+        # The fp16 scaler skips the steps whose gradient overflows.
+        checked = ("loss",) if self.args.precision == "fp16" else ("loss", "grad_norm")
+        for name in checked:
+            if not math.isfinite(scalars[name]):
+                raise FloatingPointError(
+                    f"the {name} is {scalars[name]} after step {step}; the checkpoints in "
+                    f"{self.run_dir} are from before. Try a lower --lr, --clip-grad, --qk-norm or "
+                    "--precision fp32"
+                )
         if self.rt.is_main:
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, step)
@@ -467,7 +507,9 @@ def launch(args: argparse.Namespace, make_trainer: Callable[[Job], Trainer]) -> 
     try:
         job = prepare(args)
         if args.dry_run:
-            print(describe(job))
+            if job.rt.is_main:
+                print(describe(job))
+            runtime.finish()
             return
         checkpoint = find_resume(args, job.run_dir)
         trainer = make_trainer(job)
@@ -487,11 +529,12 @@ def fit(trainer: Trainer) -> None:
     while trainer.step < args.max_steps:
         reporter.add(**trainer.train_step(islice(batches, args.accum_steps)))
         step, last = trainer.step, trainer.step == args.max_steps
-        if step % args.log_every == 0 or last:
+        saves = step % args.ckpt_every == 0 or last
+        if step % args.log_every == 0 or saves:  # it also checks that the model is worth saving
             reporter.log(step, learning_rate(args, step))
-        if step % args.ckpt_every == 0 or last:
+        if saves:
             trainer.save()
         if args.sample_every and (step % args.sample_every == 0 or last):
             trainer.draw()
-    reporter.close()
     logging.info("done: %s is at step %d", job.run_dir, trainer.step)
+    reporter.close()

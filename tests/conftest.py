@@ -9,6 +9,7 @@ import torch
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 torch.set_num_threads(1)
+logging.getLogger().setLevel(logging.INFO)  # as scripts do
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """Start our scripts as a user does: alone, under torchrun, on several nodes, killed at any moment.
 
-Also the flags of a run small enough for that. pytest imports this from the tests' own folder.
+Also the flags and the VAE of a run small enough for that. pytest imports this from the tests' own folder.
 """
 
 import os
@@ -11,6 +11,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+import torch
 
 REPO = Path(__file__).parent.parent
 TIMEOUT_SECONDS = 180  # of one run; generous, since other work may share the cores
@@ -33,6 +36,23 @@ def free_port() -> str:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return str(listener.getsockname()[1])
+
+
+def save_tiny_vae(folder: Path) -> Path:
+    """Write a random AutoencoderKL of 25k parameters: 4 latent channels, 8 times smaller."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    model: Any = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8,) * 4,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+    )
+    model.save_pretrained(folder)
+    return folder
 
 
 class Process:
@@ -84,8 +104,11 @@ class Process:
 
 def descendants(pid: int) -> list[int]:
     """Return the processes that `pid` started, and those that they started."""
-    children = [int(stat.parent.name) for stat in Path("/proc").glob("[0-9]*/stat")
-                if parent_of(stat) == pid]
+    children = [
+        int(stat.parent.name)
+        for stat in Path("/proc").glob("[0-9]*/stat")
+        if parent_of(stat) == pid
+    ]
     return children + [below for child in children for below in descendants(child)]
 
 

@@ -196,20 +196,21 @@ def test_grouped_linear_multiplies_each_segment_by_its_own_matrix():
     assert_agree(run(grouped_linear, inputs), run(by_segment, inputs), 2e-6)
 
 
-@pytest.mark.parametrize("name", ["segments", "segments without gradients", "grouped_linear"])
+@pytest.mark.parametrize(
+    "name", ["segments", "segments, transposed", "segments, no gradients", "grouped_linear"]
+)
 def test_custom_operators_keep_their_contract_with_torch(name: str):
     x, gate_up, down, indices, weights = make_inputs()
     plan = sort_by_expert(indices, E)
+    transposed = x.detach().t().contiguous().t().requires_grad_()  # column-major
+    frozen = [tensor.detach() for tensor in (x, gate_up, down, weights)]
     operators: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "segments": (swiglu_segments, (x, gate_up, down, weights, *plan, True)),
-        "segments without gradients": (
+        "segments, transposed": (
             swiglu_segments,
-            (*(tensor.detach() for tensor in (x, gate_up, down, weights)), *plan, False),
+            (transposed, gate_up, down, weights, *plan, True),
         ),
-        "grouped_linear": (
-            grouped_linear,
-            (x, gate_up, torch.tensor([7, 7, 20, 33, M], dtype=torch.int32)),
-        ),
+        "segments, no gradients": (swiglu_segments, (*frozen, *plan, False)),
+        "grouped_linear": (grouped_linear, (torch.cat([x, x]), gate_up, plan.offsets)),
     }
-    operator, arguments = operators[name]
-    torch.library.opcheck(operator, arguments)
+    torch.library.opcheck(*operators[name])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import runtime
 from routing import LoadCounter
-from train import Trainer
+from train import DdpTrainer
 from train_utils import build_parser, prepare
 
 NUM_UPDATES = 5
@@ -27,14 +27,14 @@ FLAGS = [
 State = dict[str, Tensor]
 
 
-def make_trainer(*flags: str, random_weights: bool = True) -> Trainer:
+def make_trainer(*flags: str, random_weights: bool = True) -> DdpTrainer:
     """Build a trainer; random weights, since adaLN-Zero hides most gradients at first."""
     job = prepare(build_parser(None).parse_args([*FLAGS, *flags]))
     if random_weights:
         generator = torch.Generator().manual_seed(1)
         for parameter in job.model.parameters():
             nn.init.normal_(parameter, std=0.1, generator=generator)
-    return Trainer(job)
+    return DdpTrainer(job)
 
 
 def global_batch(step: int, size: int) -> dict[str, Tensor]:
@@ -50,7 +50,7 @@ def global_batch(step: int, size: int) -> dict[str, Tensor]:
 
 
 def micro_batches(
-    trainer: Trainer, batch: dict[str, Tensor]
+    trainer: DdpTrainer, batch: dict[str, Tensor]
 ) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
     """Cut this rank's micro-batches out of a global batch, as `data.TrainBatches` does."""
     rt, size = trainer.rt, trainer.args.micro_batch_size
@@ -76,7 +76,7 @@ def make_updates(*flags: str) -> list[State]:
     return states
 
 
-def gradients_of_step(trainer: Trainer, batches: Any) -> State:
+def gradients_of_step(trainer: DdpTrainer, batches: Any) -> State:
     """Make one step and return the gradients that the optimizer saw."""
     gradients: State = {}
 
@@ -104,6 +104,7 @@ def train_on_disjoint_experts() -> tuple[State, Tensor]:
     hidden_size = trainer.model.config.hidden_size
     with torch.no_grad():
         trainer.model.y_embedder.embedding_table.weight[:2] = 5 * torch.eye(2, hidden_size)
+        block: Any
         for block in trainer.model.blocks:
             shift, scale = block.adaLN_modulation[1].weight.chunk(6)[3:5]  # of the MLP, (D, D)
             shift.copy_(2 * torch.eye(hidden_size))

@@ -1,0 +1,299 @@
+"""Flags become a job, steps become curves, and a run folder says what is in it."""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from launch import TINY_RUN
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.testing import assert_close
+
+import runtime
+from checkpoint import checkpoint_path, load_model, save_safetensors
+from models import DiT_models
+from routing import LoadCounter
+from train import DdpTrainer
+from train_utils import (
+    Ema,
+    Job,
+    Reporter,
+    build_model,
+    build_parser,
+    default_run_name,
+    describe,
+    draw_grid,
+    find_resume,
+    launch,
+    learning_rate,
+    load_scalars,
+    prepare,
+    resolve_batch,
+)
+
+DEPTH, NUM_EXPERTS = 4, 4  # of TINY_RUN
+
+
+def parse(*flags: str) -> argparse.Namespace:
+    return build_parser(None).parse_args([*TINY_RUN, *flags])
+
+
+def tiny_job(results: Path, *flags: str) -> Job:
+    return prepare(parse("--results-dir", str(results), "--max-steps", "4", *flags))
+
+
+def train(results: Path, *flags: str) -> Path:
+    launch(parse("--results-dir", str(results), *flags), DdpTrainer)
+    return results / "run"
+
+
+def read_curves(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Return (step, value) of every point of every curve, as TensorBoard shows them."""
+    events = EventAccumulator(str(run))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in tags}
+
+
+# ------------------------------------------------------------------------------ flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "world_size", "expected"),
+    [
+        ([], 1, (24, 1)),
+        ([], 4, (6, 1)),
+        (["--accum-steps", "3"], 2, (4, 3)),
+        (["--micro-batch-size", "4"], 2, (4, 3)),
+        (["--micro-batch-size", "4", "--accum-steps", "3"], 2, (4, 3)),
+    ],
+)
+def test_the_batch_is_split_over_ranks_and_passes(
+    flags: list[str], world_size: int, expected: tuple[int, int]
+) -> None:
+    args = parse("--global-batch-size", "24", *flags)
+    resolve_batch(args, world_size)
+    assert (args.micro_batch_size, args.accum_steps) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "world_size", "message"),
+    [
+        ([], 5, "--global-batch-size 24 is not a multiple of 5 ranks"),
+        (["--accum-steps", "5"], 1, "24 is not --micro-batch-size 4 x --accum-steps 5 x 1 ranks"),
+        (["--micro-batch-size", "5"], 1, "24 is not --micro-batch-size 5 x --accum-steps 4 x"),
+        (["--micro-batch-size", "48"], 1, "24 is not --micro-batch-size 48 x"),
+        (["--accum-steps", "48"], 1, "24 is not --micro-batch-size 0 x --accum-steps 48"),
+    ],
+)
+def test_batch_sizes_that_do_not_fit_are_refused(
+    flags: list[str], world_size: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve_batch(parse("--global-batch-size", "24", *flags), world_size)
+
+
+def test_data_decides_classes_size_vae_and_workers(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path)
+    assert job.args.class_names == [*"0123456789"]
+    assert (job.args.image_size, job.args.vae_path, job.args.num_workers) == (8, "none", 0)
+    config = job.model.config
+    assert (config.input_size, config.in_channels, config.num_classes) == (8, 1, 10)
+    assert not (tmp_path / "run").exists()
+
+
+def test_fewer_classes_than_the_data_has_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--num-classes 9 is less than the 10 classes of"):
+        tiny_job(tmp_path, "--num-classes", "9")
+
+
+def test_epochs_and_max_steps_end_a_run_whichever_is_first(tmp_path: Path) -> None:
+    flags = ("--global-batch-size", "100", "--epochs", "2")  # 14 steps an epoch
+    assert tiny_job(tmp_path, *flags, "--max-steps", "1000").args.max_steps == 28
+    assert tiny_job(tmp_path, *flags, "--max-steps", "3").args.max_steps == 3
+
+
+def test_runs_of_other_models_objectives_and_data_have_other_names() -> None:
+    base = {"model": "DiT-S/2", "num_experts": 8, "objective": "rf", "data_path": "/data/a b"}
+    assert default_run_name(argparse.Namespace(**base)) == "DiT-S-2-8E-rf-a-b"
+    others = {"model": "DiT-S/4", "num_experts": 16, "objective": "ddpm", "data_path": "digits"}
+    names = {default_run_name(argparse.Namespace(**base | {k: v})) for k, v in others.items()}
+    assert len(names) == 4
+
+
+def test_the_same_seed_gives_the_same_initial_weights_and_another_seed_others(
+    tmp_path: Path,
+) -> None:
+    router = "blocks.0.moe.router.weight"
+    first, second, other = (
+        tiny_job(tmp_path, "--seed", seed).model.state_dict()[router] for seed in "113"
+    )
+    assert torch.equal(first, second) and not torch.equal(first, other)
+
+
+def test_a_fresh_run_starts_from_the_weights_of_init_from(tmp_path: Path) -> None:
+    source = tiny_job(tmp_path, "--seed", "5").model
+    save_safetensors(tmp_path / "w.safetensors", source.state_dict(), source.config, {})
+    started = tiny_job(tmp_path, "--init-from", str(tmp_path / "w.safetensors")).model
+    assert_close(started.state_dict(), source.state_dict(), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"(?s)--init-from .*w\.safetensors.*router"):
+        tiny_job(tmp_path, "--init-from", str(tmp_path / "w.safetensors"), "--num-experts", "2")
+
+
+def test_an_image_size_that_the_vae_cannot_divide_is_refused() -> None:
+    args = parse("--image-size", "20")
+    with pytest.raises(ValueError, match="--image-size 20 is not a multiple of 8"):
+        build_model(args, latent_channels=4, downsample=8)
+
+
+def test_the_description_counts_all_and_activated_parameters(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path)
+    text = describe(job)
+    total = sum(p.numel() for p in job.model.parameters())
+    one_expert = 3 * 96 * 48  # gate, up, down
+    assert f"{total:,} total, {total - DEPTH * 2 * one_expert:,} activated" in text
+    assert json.loads(text[: text.index("\n}") + 2])["num_experts"] == NUM_EXPERTS
+
+
+def test_the_learning_rate_warms_up_linearly_then_stays() -> None:
+    args = parse("--lr", "0.4", "--warmup-steps", "4")
+    assert [learning_rate(args, step) for step in range(6)] == pytest.approx(
+        [0.1, 0.2, 0.3, 0.4, 0.4, 0.4]
+    )
+    args.warmup_steps = 0
+    assert learning_rate(args, 0) == 0.4
+
+
+def test_a_node_without_the_main_nodes_checkpoint_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = checkpoint_path(tmp_path / "elsewhere", 5)
+    monkeypatch.setattr(runtime, "from_main", lambda _: elsewhere)
+    with pytest.raises(FileNotFoundError, match=r"--results-dir results: no .*must share it"):
+        find_resume(parse(), tmp_path)
+
+
+# ------------------------------------------------------------------------------ EMA
+
+
+def test_ema_starts_as_the_model_is_frozen_and_leaves_the_position_table() -> None:
+    model = DiT_models["DiT-Ti/4"](input_size=8, in_channels=1, num_classes=3, num_experts=2)
+    ema = Ema(model, 0.5)
+    assert_close(ema.model.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert not ema.model.training and not any(p.requires_grad for p in ema.model.parameters())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    before = {name: value.clone() for name, value in ema.model.state_dict().items()}
+    ema.update()
+    for name, value in ema.model.state_dict().items():
+        assert_close(value, before[name] + (0.0 if name == "pos_embed" else 0.5))
+
+
+# ------------------------------------------------------------------------------ curves and grids
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    flags = ("--log-every", "2", "--ckpt-every", "2", "--sample-every", "4", "--max-steps", "4")
+    return train(tmp_path_factory.mktemp("short"), *flags)
+
+
+def test_curves_have_every_documented_tag(short_run: Path) -> None:
+    curves = read_curves(short_run)
+    tags = {"loss", "aux_loss", "grad_norm", "lr", "images_per_second"}
+    for measure in ("entropy", "max_vio", "dead"):
+        tags.add(f"experts/{measure}")
+        tags |= {f"experts_{measure}/layer_{layer:02d}" for layer in range(DEPTH)}
+    assert set(curves) == tags
+    assert all([step for step, _ in curve] == [2, 4] for curve in curves.values())
+    assert all(math.isfinite(value) for curve in curves.values() for _, value in curve)
+    assert all(0.9 < value < NUM_EXPERTS for _, value in curves["aux_loss"])
+    assert all(0 < value <= 1 for _, value in curves["experts/entropy"])
+    assert curves["lr"][0][1] == pytest.approx(0.001)
+
+
+def test_a_run_folder_has_settings_log_weights_and_samples(short_run: Path) -> None:
+    assert json.loads((short_run / "args.json").read_text())["num_experts"] == NUM_EXPERTS
+    log = (short_run / "log.txt").read_text()
+    assert "step 4: loss" in log and "parameters:" in log and "done:" in log
+    assert load_model(short_run).config.num_experts == NUM_EXPERTS
+    with Image.open(short_run / "samples" / "0000004.png") as grid:
+        assert grid.size == (10 * 66 + 2, 6 * 66 + 2)  # 64-pixel images, 2 pixels between
+
+
+def test_steps_done_again_after_a_kill_appear_once_in_the_curves(tmp_path: Path) -> None:
+    flags = ("--log-every", "1", "--ckpt-every", "2", "--max-steps", "4")
+    run = train(tmp_path, *flags)
+    checkpoint_path(run, 4).unlink()  # as if killed before it was written
+    train(tmp_path, *flags)
+    assert [step for step, _ in read_curves(run)["loss"]] == [1, 2, 3, 4]
+
+
+def test_a_point_is_the_mean_of_the_steps_since_the_last(tmp_path: Path) -> None:
+    reporter = Reporter(tiny_job(tmp_path), 0)
+    for loss in (1.0, 2.0, 6.0, 8.0):
+        reporter.add(loss=torch.tensor(loss), grad_norm=torch.tensor(0.5))
+        if loss in (2.0, 8.0):
+            reporter.log(2 if loss == 2.0 else 4, lr=0.1)
+    reporter.close()
+    assert read_curves(tmp_path / "run")["loss"] == [(2, 1.5), (4, 7.0)]
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+def test_a_loss_or_gradient_that_is_not_a_number_stops_the_run(name: str, tmp_path: Path) -> None:
+    reporter = Reporter(tiny_job(tmp_path), 0)
+    values = {"loss": torch.tensor(1.0), "grad_norm": torch.tensor(1.0)}
+    reporter.add(**values)
+    reporter.add(**values | {name: torch.tensor(torch.nan)})
+    with pytest.raises(FloatingPointError, match=f"the {name} is nan after step 2; .*lower --lr"):
+        reporter.log(2, lr=0.1)
+
+
+def test_a_gradient_that_overflows_float16_does_not_stop_the_run(tmp_path: Path) -> None:
+    reporter = Reporter(tiny_job(tmp_path, "--precision", "fp16"), 0)
+    reporter.add(loss=torch.tensor(1.0), grad_norm=torch.tensor(torch.inf))
+    reporter.log(1, lr=0.1)
+    reporter.close()
+
+
+def test_load_curves_tell_even_from_collapsed_layers() -> None:
+    model = DiT_models["DiT-Ti/4"](input_size=8, num_experts=4, depth=2)
+    counter = LoadCounter(model)
+    counter.counts.copy_(torch.tensor([[5, 5, 5, 5], [20, 0, 0, 0]]))
+    scalars = load_scalars(counter)
+    assert scalars["experts_entropy/layer_00"] == pytest.approx(1.0)
+    assert scalars["experts_entropy/layer_01"] == pytest.approx(0.0)
+    assert scalars["experts/max_vio"] == pytest.approx(1.5)  # of 0 and 3
+    assert scalars["experts_dead/layer_01"] == 3
+
+
+def test_a_dense_model_has_no_load_curves() -> None:
+    model = DiT_models["DiT-Ti/4"](input_size=8, num_experts=0, depth=1)
+    assert load_scalars(LoadCounter(model)) == {}
+
+
+@pytest.mark.parametrize("objective", ["rf", "ddpm"])
+def test_drawing_a_grid_repeats_itself_and_leaves_the_random_state_alone(
+    objective: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = tiny_job(tmp_path, "--model", "DiT-Ti/4", "--rf", str(objective == "rf"))
+    state = torch.get_rng_state()
+    model = job.model.eval()
+    first = draw_grid(model, job, 1).read_bytes()
+    assert draw_grid(model, job, 2).read_bytes() == first
+    assert torch.equal(torch.get_rng_state(), state)
+    assert "samples: " in caplog.text
+
+
+def test_sampling_and_logging_do_not_change_the_training(tmp_path: Path) -> None:
+    run = ("--model", "DiT-Ti/4", "--max-steps", "3")
+    busy = ("--log-every", "1", "--ckpt-every", "1", "--sample-every", "2")
+    first, second = (
+        load_model(train(tmp_path / name, *run, *flags), ema=False).state_dict()
+        for name, flags in (("quiet", ()), ("busy", busy))
+    )
+    assert_close(first, second, rtol=0, atol=0)
