@@ -283,11 +283,16 @@ def load_model(
 
 
 def place(
-    name: str, tensor: Tensor, device: str | torch.device, dtype: torch.dtype | None
+    name: str,
+    tensor: Tensor,
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+    copy: bool = False,
 ) -> Tensor:
     """Bring a parameter to its device and dtype: `dtype`, or float32 for `FLOAT32_NAMES`."""
-    keeps = dtype is not None and name.endswith(FLOAT32_NAMES)
-    return tensor.to(device, torch.float32 if keeps else dtype)
+    if dtype is not None and name.endswith(FLOAT32_NAMES):
+        dtype = torch.float32
+    return tensor.to(device, dtype, copy=copy)
 
 
 def add_pos_embed(

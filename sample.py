@@ -2,6 +2,7 @@
 
     python sample.py --ckpt results/DiT-Ti-1-rf-digits
     python sample.py --model DiT-XL/2 --ckpt dit_moe_xl_8E2A.pt --vae-path V --cfg-scale 1.5
+    python sample.py --ckpt G-16E2A --vae-path V --quantize int8  # or --offload disk
 
 Our checkpoints say everything about the model, the objective and the data; for published files the
 flags do.
@@ -15,11 +16,12 @@ from typing import Any
 import torch
 
 import runtime
-from checkpoint import load_model, load_settings
+from checkpoint import load_settings
 from data import load_vae, save_grid
 from diffusion import Diffusion, create_diffusion
 from flags import FlagParser, flag, number
 from models import DiT, DiT_models, DiTConfig
+from offload import load_for_sampling
 
 IMAGENET_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]  # DiT's own picture
 
@@ -43,6 +45,8 @@ def build_parser() -> FlagParser:
     model.add("--rf", default=None, **flag, help="objective of a published file; ours tell")
     model.add("--ema", default=True, **flag, help="averaged weights")
     model.add("--dtype", choices=list(runtime.DTYPES), help="of the weights; default: by hardware")
+    model.add("--quantize", choices=["int8"], help="weights of the experts (needs torchao)")
+    model.add("--offload", choices=["cpu", "disk"], help="where blocks wait for their turn")
 
     sampling = parser.group("Sampling")
     sampling.add("--sampler", help="euler, heun (rf); ddpm, ddim, dpm++ (ddpm)")
@@ -139,7 +143,14 @@ def main(args: argparse.Namespace) -> None:
     device = runtime.pick_device()
     try:
         settings = load_settings(args.ckpt)
-        model = load_model(args.ckpt, ema=args.ema, dtype=pick_dtype(args, device), device=device)
+        model = load_for_sampling(
+            args.ckpt,
+            ema=args.ema,
+            dtype=pick_dtype(args, device),
+            device=device,
+            quantize=args.quantize,
+            offload=args.offload,
+        )
         config = model.config
         diffusion = find_objective(args, settings, model)
         vae_path = args.vae_path or settings.get("vae_path") or "stabilityai/sd-vae-ft-ema"

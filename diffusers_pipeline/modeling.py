@@ -33,7 +33,9 @@ class DiTMoE(ModelMixin):
         self.dit = dit
 
     @classmethod
-    def from_pretrained(cls, folder: str, torch_dtype: Any = None, **_: Any) -> "DiTMoE":
+    def from_pretrained(  # type: ignore[override]
+        cls, folder: str, torch_dtype: Any = None, **_: Any
+    ) -> "DiTMoE":
         """Load the weights in `folder` with the code in it, in their own dtype if none is given."""
         load_code(Path(folder))
         models = importlib.import_module(f"{PACKAGE}.models")

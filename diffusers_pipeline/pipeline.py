@@ -6,7 +6,7 @@ pipe([207, 360], num_inference_steps=50, seed=0).images[0].save("dog.png")
 
 import importlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,8 +23,7 @@ class DiTMoEPipeline(DiffusionPipeline):
     transformer: Any
     vae: Any
     config: Any
-    model_cpu_offload_seq = "transformer->vae"
-    _optional_components = ("vae",)
+    _optional_components: ClassVar = ["vae"]
 
     def __init__(
         self,
@@ -91,7 +90,7 @@ class DiTMoEPipeline(DiffusionPipeline):
         )
         images = self._decode(latents)
         if output_type == "pt":
-            return ImagePipelineOutput(images)
+            return ImagePipelineOutput(images)  # type: ignore[arg-type]
         array = ((images + 1) / 2).permute(0, 2, 3, 1).numpy()
         return ImagePipelineOutput(array if output_type == "np" else to_pil(array))
 
