@@ -144,7 +144,9 @@ def _diffusers_to_ours(state: StateDict) -> Iterator[tuple[str, Tensor]]:
 
 
 def block_index(name: str) -> int | None:
-    """Return the number of the block that a tensor of any layout belongs to."""
+    """Return the number of the block that a tensor of any layout belongs to in ours."""
+    if ".norm1.emb." in name:  # diffusers' copies of the embedders
+        return None
     match = re.match(r"(?:module\.)?(?:_orig_mod\.)?(?:transformer_)?blocks\.(\d+)\.", name)
     return int(match[1]) if match else None
 

@@ -193,23 +193,12 @@ def _endless(
     weights: Weights, offload: str, dtype: torch.dtype | None, device: str | torch.device
 ) -> Iterator[Block]:
     """Yield all blocks over and over, copied to the device."""
-    waiting = None
+    waiting: list[Block] = []
     if offload == "cpu":
-        waiting = [
-            (
-                index,
-                {n: place(n, t, "cpu", dtype, copy=True).pin_memory() for n, t in block.items()},
-            )
-            for index, block in _blocks(weights)
-        ]
+        for index, tensors in _blocks(weights):
+            pinned = {n: place(n, t, "cpu", dtype).pin_memory() for n, t in tensors.items()}
+            waiting.append((index, pinned))
     while True:
         for index, tensors in waiting or _blocks(weights):
-            placed = {}
-            for name in list(tensors):  # one at a time: what is fused or mapped goes at once
-                tensor = tensors[name] if waiting else tensors.pop(name)
-                placed[name] = (
-                    tensor.to(device, non_blocking=True)
-                    if waiting
-                    else place(name, tensor, device, dtype, copy=True)
-                )
+            placed = {n: place(n, t, device, dtype, copy=True) for n, t in tensors.items()}
             yield index, placed

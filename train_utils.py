@@ -24,7 +24,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import runtime
-from checkpoint import atomic_write, latest_checkpoint, load_model
+from checkpoint import atomic_write, latest_checkpoint, load_model, open_weights
 from data import (
     VAE,
     FolderImages,
@@ -37,7 +37,7 @@ from data import (
 )
 from diffusion import Diffusion, create_diffusion
 from flags import FlagParser, flag, number
-from models import DiT, DiT_models
+from models import DiT, DiT_models, DiTConfig
 from routing import LoadCounter, dead_experts, load_entropy, max_violation
 from runtime import Runtime
 
@@ -203,6 +203,8 @@ def prepare(args: argparse.Namespace) -> Job:
 def build_model(args: argparse.Namespace, latent_channels: int, downsample: int) -> DiT:
     """Build the model that the flags describe, with the weights of `--init-from` if given.
 
+    What flags leave open about the MLPs is then as in that file.
+
     Raises:
         ValueError: if a size does not fit, or the initial weights are of another model.
     """
@@ -210,6 +212,10 @@ def build_model(args: argparse.Namespace, latent_channels: int, downsample: int)
         raise ValueError(f"--image-size {args.image_size} is not a multiple of {downsample}")
     optional = ("num_experts", "num_experts_per_tok", "num_shared_experts", "mlp_ratio", "qk_norm")
     overrides = {name: value for name in optional if (value := getattr(args, name)) is not None}
+    initial = open_weights(args.init_from).config if args.init_from else None
+    if initial is not None:
+        fields = (*optional, "mlp_type", "norm_topk_prob")
+        overrides = {name: getattr(initial, name) for name in fields} | overrides
     model = DiT_models[args.model](
         input_size=args.image_size // downsample,
         in_channels=latent_channels,
@@ -220,13 +226,27 @@ def build_model(args: argparse.Namespace, latent_channels: int, downsample: int)
     model.grad_checkpointing = args.grad_checkpointing
     if args.flash_attn:
         model.use_flash_attn()
-    if args.init_from and not args.dry_run:
-        source = load_model(args.init_from)
-        try:
-            model.load_state_dict(source.state_dict())
-        except RuntimeError as error:
-            raise ValueError(f"--init-from {args.init_from}: {error}") from error
+    if initial is not None:
+        check_same_shapes(args, model.config, initial)
+        if not args.dry_run:
+            model.load_state_dict(load_model(args.init_from).state_dict())
     return model
+
+
+def check_same_shapes(args: argparse.Namespace, config: DiTConfig, initial: DiTConfig) -> None:
+    """Compare the model that the flags describe with that of `--init-from`.
+
+    Raises:
+        ValueError: naming the first field that differs in more than what is computed.
+    """
+    free = ("class_dropout_prob", "num_experts_per_tok")
+    ours, given = config.to_dict(), initial.to_dict()
+    for name in sorted(set(ours) - set(free)):
+        if ours[name] != given[name]:
+            raise ValueError(
+                f"--init-from {args.init_from} has {name} {given[name]}, this run {ours[name]}: "
+                f"choose --model (now {args.model}), the data and the MoE flags as it has them"
+            )
 
 
 # ------------------------------------------------------------------------------ run folder

@@ -6,7 +6,7 @@ pipe([207, 360], num_inference_steps=50, seed=0).images[0].save("dog.png")
 
 import importlib
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ class DiTMoEPipeline(DiffusionPipeline):
     transformer: Any
     vae: Any
     config: Any
-    _optional_components: ClassVar = ["vae"]
+    _optional_components = ["vae"]  # noqa: RUF012, diffusers declares it so
 
     def __init__(
         self,

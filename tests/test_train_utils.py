@@ -139,7 +139,7 @@ def test_a_fresh_run_starts_from_the_weights_of_init_from(tmp_path: Path) -> Non
     save_safetensors(tmp_path / "w.safetensors", source.state_dict(), source.config, {})
     started = tiny_job(tmp_path, "--init-from", str(tmp_path / "w.safetensors")).model
     assert_close(started.state_dict(), source.state_dict(), rtol=0, atol=0)
-    with pytest.raises(ValueError, match=r"(?s)--init-from .*w\.safetensors.*router"):
+    with pytest.raises(ValueError, match=r"--init-from .*w\.safetensors has num_experts 4"):
         tiny_job(tmp_path, "--init-from", str(tmp_path / "w.safetensors"), "--num-experts", "2")
 
 
