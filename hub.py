@@ -31,7 +31,7 @@ from data import VAE, load_vae
 from layouts import by_block, to_ours, to_published
 from models import DiTConfig
 
-SHARD_BYTES = 2**30  # a block that is larger gets its own file
+SHARD_BYTES = 2**28  # a block that is larger gets its own file
 ROOT = Path(__file__).parent
 PIPELINE_CODE = ("models.py", "moe_ops.py", "diffusion")  # what a pipeline folder carries along
 PIPELINE_PACKAGE = "dit_moe"
@@ -91,6 +91,7 @@ def save_folder(
                 os.fsync(written.fileno())
             shards.append(list(shard))
             total_size += sum(tensor.nbytes for tensor in shard.values())
+            del shard  # before the next one is made
         if len(shards) == 1:
             (folder / "0.safetensors").rename(folder / "model.safetensors")
             return

@@ -41,6 +41,8 @@ class DiTMoEPipeline(DiffusionPipeline):
             class_names: names that labels may be given by; may be empty.
         """
         super().__init__()
+        if vae is not None:
+            vae.requires_grad_(False)  # with gradients torch decodes in other kernels
         self.register_modules(transformer=transformer, vae=vae)
         self.register_to_config(objective=objective, class_names=list(class_names))
         diffusion = importlib.import_module("dit_moe.diffusion")
