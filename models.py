@@ -25,7 +25,7 @@ from timm.layers import Mlp, PatchEmbed, build_sincos2d_pos_embed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_ops import gelu_experts, swiglu_experts
+from moe_ops import gelu_experts, swiglu, swiglu_experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,6 +265,12 @@ class TopKRouter(nn.Module):
         return Routing(indices, weights, probs, aux_loss)
 
 
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """Return autocast's dtype where it is on (it does not reach custom ops), else the weight's."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) without biases; gate and up are one matmul."""
 
@@ -275,8 +281,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., D)."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        weight, dtype = self.gate_up_proj.weight, compute_dtype(self.gate_up_proj.weight)
+        return swiglu(x.to(dtype), weight, self.down_proj.weight)
 
 
 def build_mlp(config: DiTConfig, mlp_hidden_size: int) -> Any:
@@ -285,12 +291,6 @@ def build_mlp(config: DiTConfig, mlp_hidden_size: int) -> Any:
         return SwiGLU(config.hidden_size, mlp_hidden_size)
     gelu: Any = partial(nn.GELU, approximate="tanh")
     return Mlp(config.hidden_size, mlp_hidden_size, act_layer=gelu)
-
-
-def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """Return autocast's dtype, which does not reach inside custom ops, or else the weight's."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 class Experts(nn.Module):
@@ -304,7 +304,7 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, expert_indices: Tensor, expert_weights: Tensor) -> Tensor:
         """Send (M, D) tokens through their (M, K) experts; returns the (M, D) weighted sum."""
-        x = x.to(compute_dtype(x, self.down_proj))
+        x = x.to(compute_dtype(self.down_proj))
         return swiglu_experts(x, self.gate_up_proj, self.down_proj, expert_indices, expert_weights)
 
 
@@ -320,7 +320,7 @@ class GeluExperts(nn.Module):
 
     def forward(self, x: Tensor, expert_indices: Tensor, expert_weights: Tensor) -> Tensor:
         """Send (M, D) tokens through their (M, K) experts; returns the (M, D) weighted sum."""
-        x = x.to(compute_dtype(x, self.down_proj))
+        x = x.to(compute_dtype(self.down_proj))
         weights = (self.up_proj, self.up_bias, self.down_proj, self.down_bias)
         return gelu_experts(x, *weights, expert_indices, expert_weights)
 

@@ -75,23 +75,95 @@ def _padded_size(num_rows: int, num_experts: int, dtype: torch.dtype) -> int:
     return num_rows + num_experts * (_row_alignment(num_rows, num_experts, dtype) - 1)
 
 
-def _lay_out_rows(expert_weights: Tensor, plan: DispatchPlan) -> _Rows:
-    num_rows, num_experts = len(plan.order), len(plan.offsets)
+def _lay_out_rows(expert_weights: Tensor, order: Tensor, offsets: Tensor) -> _Rows:
+    num_rows, num_experts = len(order), len(offsets)
     alignment = _row_alignment(num_rows, num_experts, expert_weights.dtype)
-    counts = torch.diff(plan.offsets, prepend=plan.offsets.new_zeros(1))
+    counts = torch.diff(offsets, prepend=offsets.new_zeros(1))
     padded_counts = (counts + alignment - 1) // alignment * alignment
-    ends, padded_ends = plan.offsets.long(), padded_counts.cumsum(0)
+    ends, padded_ends = offsets.long(), padded_counts.cumsum(0)
     starts, padded_starts = ends - counts, padded_ends - padded_counts
     expert = torch.arange(num_experts).repeat_interleave(padded_counts)  # (R_pad,)
     within = torch.arange(len(expert)) - padded_starts[expert]  # row within its segment
     real = within < counts[expert]
-    source = plan.order[torch.minimum(starts[expert] + within, ends[expert] - 1)]
+    source = order[torch.minimum(starts[expert] + within, ends[expert] - 1)]
     weights = expert_weights.flatten()[source].mul_(real)
-    row_of_choice = torch.empty_like(plan.order)
+    row_of_choice = torch.empty_like(order)
     row_of_choice[source[real]] = real.nonzero().squeeze(1)
     spans = zip(padded_starts.tolist(), padded_ends.tolist(), strict=True)
     segments = [(expert, start, end) for expert, (start, end) in enumerate(spans) if end > start]
     return _Rows(segments, source // expert_weights.shape[1], weights[:, None], row_of_choice)
+
+
+def _swiglu_forward(
+    rows: Tensor, gate_up: Tensor, down: Tensor, out: Tensor, hidden: Tensor | None
+) -> None:
+    """Write down(silu(gate(rows)) * up(rows)) to `out`; gate and up rows stay in `hidden` if given.
+
+    Args:
+        rows, out: (m, D). gate_up: (2F, D). down: (D, F), both in any dtype. hidden: (2, m, F).
+    """
+    gate_weight, up_weight = gate_up.to(rows.dtype).chunk(2)
+    if hidden is None:
+        activation, up = F.silu(rows @ gate_weight.t(), inplace=True), rows @ up_weight.t()
+    else:
+        gate, up = hidden
+        torch.mm(rows, gate_weight.t(), out=gate)
+        torch.mm(rows, up_weight.t(), out=up)
+        activation = F.silu(gate)
+    torch.mm(activation.mul_(up), down.to(rows.dtype).t(), out=out)
+
+
+def _swiglu_backward(
+    grad: Tensor,
+    rows: Tensor,
+    weights: Tensor | None,
+    gate_up: Tensor,
+    down: Tensor,
+    hidden: Tensor,
+    grad_rows: Tensor,
+    grad_gate_up: Tensor,
+    grad_down: Tensor,
+) -> Tensor | None:
+    """Differentiate `weights * _swiglu_forward(rows)`; activations come again from `hidden`.
+
+    By linearity the row weights multiply (m, D) tensors only, never the wider (m, F).
+
+    Args:
+        grad: (m, D), gradient of the weighted output; may be overwritten.
+        rows: (m, D); may be overwritten. weights: (m, 1). hidden: (2, m, F).
+        grad_rows, grad_gate_up, grad_down: where the gradients are written.
+
+    Returns:
+        (m, 1) gradient of the weights, if there are any.
+    """
+    gate, up = hidden
+    silu = F.silu(gate)
+    activation = silu * up
+    grad_activation = grad @ down.to(grad.dtype)  # but for the row's weight
+    grad_weights = None
+    if weights is not None:
+        # <grad, down(activation)> without keeping the expert's output
+        grad_weights = (grad_activation * activation).sum(dim=1, keepdim=True)
+        grad, rows = grad.mul_(weights), rows.mul_(weights)
+    _matmul_into(grad_down, grad.t(), activation)
+    grad_up = silu.mul_(grad_activation)
+    grad_gate = torch.ops.aten.silu_backward(grad_activation.mul_(up), gate)
+    gate_weight, up_weight = gate_up.to(rows.dtype).chunk(2)
+    torch.mm(grad_gate, gate_weight, out=grad_rows).addmm_(grad_up, up_weight)
+    if weights is not None:
+        grad_rows.mul_(weights)
+    width = down.shape[1]
+    _matmul_into(grad_gate_up[:width], grad_gate.t(), rows)
+    _matmul_into(grad_gate_up[width:], grad_up.t(), rows)
+    return grad_weights
+
+
+def _matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """Write a @ b into `out`, through a scratch matrix if `out` has another dtype."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a @ b)
 
 
 @torch.library.custom_op("dit_moe::swiglu_segments", mutates_args=())
@@ -101,7 +173,6 @@ def swiglu_segments(
     down_proj: Tensor,
     expert_weights: Tensor,
     order: Tensor,
-    inverse: Tensor,
     offsets: Tensor,
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -114,33 +185,26 @@ def swiglu_segments(
         x: (M, D) tokens.
         gate_up_proj: (E, 2F, D) and down_proj: (E, D, F), in any dtype.
         expert_weights: (M, K), x's dtype.
-        order, inverse, offsets: the `DispatchPlan`.
+        order, offsets: of the `DispatchPlan`.
         keep_hidden: whether there will be a backward, which needs the hidden rows.
 
     Returns:
         (M, D) output, and the sorted, padded gate and up rows (2, R_pad, F), or (2, 0, F).
     """
-    laid = _lay_out_rows(expert_weights, DispatchPlan(order, inverse, offsets))
+    laid = _lay_out_rows(expert_weights, order, offsets)
     out_rows = x.new_empty(len(laid.tokens), x.shape[1])
     num_hidden = _padded_size(len(order), len(offsets), x.dtype) if keep_hidden else 0
     hidden = x.new_empty(2, num_hidden, down_proj.shape[2])
     for expert, start, end in laid.segments:
         rows = x.index_select(0, laid.tokens[start:end])
-        gate_weight, up_weight = gate_up_proj[expert].to(x.dtype).chunk(2)
-        if keep_hidden:
-            gate, up = hidden[:, start:end]
-            torch.mm(rows, gate_weight.t(), out=gate)
-            torch.mm(rows, up_weight.t(), out=up)
-            activation = F.silu(gate)
-        else:
-            activation, up = F.silu(rows @ gate_weight.t(), inplace=True), rows @ up_weight.t()
-        activation.mul_(up).mul_(laid.weights[start:end])
-        torch.mm(activation, down_proj[expert].to(x.dtype).t(), out=out_rows[start:end])
+        kept = hidden[:, start:end] if keep_hidden else None
+        _swiglu_forward(rows, gate_up_proj[expert], down_proj[expert], out_rows[start:end], kept)
+    out_rows.mul_(laid.weights)
     return sum_rows(out_rows, laid.row_of_choice, expert_weights.shape[1]), hidden
 
 
 @swiglu_segments.register_fake
-def _(x, gate_up_proj, down_proj, expert_weights, order, inverse, offsets, keep_hidden):
+def _(x, gate_up_proj, down_proj, expert_weights, order, offsets, keep_hidden):
     num_rows = _padded_size(order.shape[0], offsets.shape[0], x.dtype) if keep_hidden else 0
     return x.new_empty(x.shape), x.new_empty(2, num_rows, down_proj.shape[2])
 
@@ -153,11 +217,10 @@ def swiglu_segments_backward(
     down_proj: Tensor,
     expert_weights: Tensor,
     order: Tensor,
-    inverse: Tensor,
     offsets: Tensor,
     hidden: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Differentiate `swiglu_segments`; activations are recomputed from the hidden rows.
+    """Differentiate `swiglu_segments`.
 
     Args:
         grad: (M, D), gradient of the output; the rest as in the forward.
@@ -165,47 +228,36 @@ def swiglu_segments_backward(
     Returns:
         Gradients of x, gate_up_proj, down_proj and expert_weights, in their shapes and dtypes.
     """
-    laid = _lay_out_rows(expert_weights, DispatchPlan(order, inverse, offsets))
-    width = down_proj.shape[2]
+    laid = _lay_out_rows(expert_weights, order, offsets)
     grad_rows = x.new_empty(len(laid.tokens), x.shape[1])
     grad_row_weights = torch.empty_like(laid.weights)
     grad_gate_up = gate_up_proj.new_empty(gate_up_proj.shape)
     grad_down = down_proj.new_empty(down_proj.shape)
     for expert, start, end in laid.segments:
-        tokens, row_weights = laid.tokens[start:end], laid.weights[start:end]
-        rows, grad_out = x.index_select(0, tokens), grad.index_select(0, tokens)
-        gate, up = hidden[:, start:end]
-        silu = F.silu(gate)
-        activation = silu * up
-        grad_activation = grad_out @ down_proj[expert].to(x.dtype)  # without the row's weight
-        # <grad, weight * down(activation)> by linearity, without keeping the expert's output
-        torch.sum(grad_activation * activation, 1, True, out=grad_row_weights[start:end])
-        _matmul_into(grad_down[expert], grad_out.t(), activation.mul_(row_weights))
-        grad_activation.mul_(row_weights)
-        grad_up = silu.mul_(grad_activation)
-        grad_gate = torch.ops.aten.silu_backward(grad_activation.mul_(up), gate)
-        gate_weight, up_weight = gate_up_proj[expert].to(x.dtype).chunk(2)
-        torch.mm(grad_gate, gate_weight, out=grad_rows[start:end])
-        grad_rows[start:end].addmm_(grad_up, up_weight)
-        _matmul_into(grad_gate_up[expert, :width], grad_gate.t(), rows)
-        _matmul_into(grad_gate_up[expert, width:], grad_up.t(), rows)
-    idle = torch.diff(offsets, prepend=offsets.new_zeros(1)) == 0
-    grad_gate_up[idle], grad_down[idle] = 0, 0
+        tokens = laid.tokens[start:end]
+        of_weights = _swiglu_backward(
+            grad.index_select(0, tokens),
+            x.index_select(0, tokens),
+            laid.weights[start:end],
+            gate_up_proj[expert],
+            down_proj[expert],
+            hidden[:, start:end],
+            grad_rows[start:end],
+            grad_gate_up[expert],
+            grad_down[expert],
+        )
+        assert of_weights is not None
+        grad_row_weights[start:end] = of_weights
+    for expert in set(range(len(offsets))) - {expert for expert, _, _ in laid.segments}:
+        grad_gate_up[expert].zero_()
+        grad_down[expert].zero_()
     grad_weights = grad_row_weights[laid.row_of_choice].view_as(expert_weights)
     grad_x = sum_rows(grad_rows, laid.row_of_choice, expert_weights.shape[1])
     return grad_x, grad_gate_up, grad_down, grad_weights
 
 
-def _matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """Write a @ b into `out`, through a scratch matrix if `out` has another dtype."""
-    if out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(a @ b)
-
-
 @swiglu_segments_backward.register_fake
-def _(grad, x, gate_up_proj, down_proj, expert_weights, order, inverse, offsets, hidden):
+def _(grad, x, gate_up_proj, down_proj, expert_weights, order, offsets, hidden):
     return tuple(of.new_empty(of.shape) for of in (x, gate_up_proj, down_proj, expert_weights))
 
 
@@ -216,10 +268,61 @@ def _segments_setup(ctx, inputs, output) -> None:
 
 def _segments_backward(ctx, grad: Tensor, _grad_hidden: None):
     grads = swiglu_segments_backward(grad.contiguous(), *ctx.saved_tensors)
-    return (*grads, None, None, None, None)
+    return (*grads, None, None, None)
 
 
 swiglu_segments.register_autograd(_segments_backward, setup_context=_segments_setup)
+
+
+@torch.library.custom_op("dit_moe::swiglu_dense", mutates_args=())
+def swiglu_dense(
+    x: Tensor, gate_up: Tensor, down: Tensor, keep_hidden: bool
+) -> tuple[Tensor, Tensor]:
+    """Run one SwiGLU over all tokens by the same steps as the experts.
+
+    Args:
+        x: (M, D). gate_up: (2F, D) and down: (D, F), in any dtype.
+        keep_hidden: whether there will be a backward.
+
+    Returns:
+        (M, D) output, and the gate and up rows (2, M, F), or (2, 0, F).
+    """
+    out = x.new_empty(x.shape)
+    hidden = x.new_empty(2, len(x) if keep_hidden else 0, down.shape[1])
+    _swiglu_forward(x, gate_up, down, out, hidden if keep_hidden else None)
+    return out, hidden
+
+
+@swiglu_dense.register_fake
+def _(x, gate_up, down, keep_hidden):
+    return x.new_empty(x.shape), x.new_empty(2, x.shape[0] if keep_hidden else 0, down.shape[1])
+
+
+@torch.library.custom_op("dit_moe::swiglu_dense_backward", mutates_args=())
+def swiglu_dense_backward(
+    grad: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, hidden: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Differentiate `swiglu_dense`: gradients of x, gate_up and down, in their dtypes."""
+    grads = x.new_empty(x.shape), gate_up.new_empty(gate_up.shape), down.new_empty(down.shape)
+    _swiglu_backward(grad, x, None, gate_up, down, hidden, *grads)
+    return grads
+
+
+@swiglu_dense_backward.register_fake
+def _(grad, x, gate_up, down, hidden):
+    return tuple(of.new_empty(of.shape) for of in (x, gate_up, down))
+
+
+def _dense_setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:-1], output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _dense_backward(ctx, grad: Tensor, _grad_hidden: None):
+    return (*swiglu_dense_backward(grad.contiguous(), *ctx.saved_tensors), None)
+
+
+swiglu_dense.register_autograd(_dense_backward, setup_context=_dense_setup)
 
 
 # ------------------------------------------------------------------------------ GPU path
@@ -355,9 +458,10 @@ def swiglu_experts(
     plan = sort_by_expert(expert_indices, gate_up_proj.shape[0])
     expert_weights = expert_weights.to(x.dtype)
     if x.device.type == "cpu":
-        inputs = (x, gate_up_proj, down_proj, expert_weights)
-        keep_hidden = torch.is_grad_enabled() and any(of.requires_grad for of in inputs)
-        return swiglu_segments(x, gate_up_proj, down_proj, expert_weights, *plan, keep_hidden)[0]
+        keep_hidden = _needs_grad(x, gate_up_proj, down_proj, expert_weights)
+        return swiglu_segments(
+            x, gate_up_proj, down_proj, expert_weights, plan.order, plan.offsets, keep_hidden
+        )[0]
     gate_up_proj, down_proj = gate_up_proj.to(x.dtype), down_proj.to(x.dtype)
     return swiglu_grouped(x, gate_up_proj, down_proj, expert_weights, plan)
 
@@ -400,3 +504,24 @@ def gelu_experts(
         grouped_linear(hidden, down_proj, plan.offsets) + (is_expert * row_weights) @ down_bias
     )
     return _Combine.apply(out_rows, plan.order, plan.inverse, k)
+
+
+def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Send all tokens through one SwiGLU, down(silu(gate(x)) * up(x)).
+
+    Args:
+        x: (..., D); its dtype is the one computed in.
+        gate_up: (2F, D), gate rows above up rows, and down: (D, F), in any dtype.
+
+    Returns:
+        (..., D).
+    """
+    if x.device.type == "cpu":
+        tokens = x.reshape(-1, x.shape[-1])
+        return swiglu_dense(tokens, gate_up, down, _needs_grad(x, gate_up, down))[0].view_as(x)
+    gate, up = F.linear(x, gate_up.to(x.dtype)).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, down.to(x.dtype))
+
+
+def _needs_grad(*inputs: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoint import Weights, add_pos_embed, load_model, open_weights, place
 from layouts import by_block
-from models import DiT, DiTConfig, build_mlp
+from models import DiT
 from moe_ops import sort_by_expert, sum_rows
 
 Block = tuple[int, dict[str, Tensor]]  # its number, and its tensors without `blocks.i.`
@@ -61,7 +62,7 @@ def load_for_sampling(
         block: Any = model.blocks[index]
         placed = {name: place(name, t, device, dtype) for name, t in tensors.items()}
         block.load_state_dict(placed, assign=True)
-        block.moe.experts = Int8Experts(block.moe.experts, weights.config)
+        block.moe.experts = Int8Experts(block.moe.experts)
     return model
 
 
@@ -98,12 +99,8 @@ class Int8Experts(nn.Module):
     Source: torchao's Int8WeightOnlyConfig, symmetric, one scale per output row.
     """
 
-    def __init__(self, experts: nn.Module, config: DiTConfig) -> None:
-        """Quantize experts.
-
-        Args:
-            experts: `Experts` or `GeluExperts`, on their device.
-            config: of the model.
+    def __init__(self, experts: nn.Module) -> None:
+        """Quantize `Experts` or `GeluExperts`, on their device.
 
         Raises:
             ValueError: torchao is not installed.
@@ -113,33 +110,42 @@ class Int8Experts(nn.Module):
             from torchao.quantization import Int8WeightOnlyConfig, quantize_
         except ImportError:
             raise ValueError("--quantize int8 needs torchao: pip install torchao") from None
-        is_gelu = config.mlp_type == "gelu"
-        names = {"up_proj": "fc1.weight", "up_bias": "fc1.bias"}
-        names |= {"down_proj": "fc2.weight", "down_bias": "fc2.bias"}
-        stacked = dict(experts.named_parameters())
-        self.mlps = nn.ModuleList()
-        for expert in range(config.num_experts):
-            with torch.device("meta"):
-                mlp = build_mlp(config, config.mlp_hidden_size)
-            state = {
-                names[name] if is_gelu else f"{name}.weight": weights[expert]
-                for name, weights in stacked.items()
-            }
-            mlp.load_state_dict(state, assign=True)
-            quantize_(mlp, Int8WeightOnlyConfig())
-            self.mlps.append(mlp.requires_grad_(False))
-        self.dtype = stacked["down_proj"].dtype
+        weights = dict(experts.named_parameters())
+        self.is_gelu = "up_bias" in weights
+        up = weights["up_proj" if self.is_gelu else "gate_up_proj"]
+        self.up = _linears(up, weights.get("up_bias"))
+        self.down = _linears(weights["down_proj"], weights.get("down_bias"))
+        self.dtype = up.dtype
+        quantize_(self, Int8WeightOnlyConfig())
 
     def forward(self, x: Tensor, expert_indices: Tensor, expert_weights: Tensor) -> Tensor:
         """Send (M, D) tokens through their (M, K) experts; returns the (M, D) weighted sum."""
         x, k = x.to(self.dtype), expert_indices.shape[1]
-        plan = sort_by_expert(expert_indices, len(self.mlps))
+        plan = sort_by_expert(expert_indices, len(self.up))
         rows = x.index_select(0, plan.order // k)  # (R, D)
         row_weights = expert_weights.to(x.dtype).flatten().index_select(0, plan.order)[:, None]
-        ends = plan.offsets.tolist()
-        segments = rows.tensor_split(ends[:-1])
-        out = [mlp(part) for mlp, part in zip(self.mlps, segments, strict=True) if len(part)]
+        segments = rows.tensor_split(plan.offsets.tolist()[:-1])
+        experts = zip(self.up, self.down, segments, strict=True)
+        out = [down(self._activate(up(part))) for up, down, part in experts if len(part)]
         return sum_rows(torch.cat(out) * row_weights, plan.inverse, k)
+
+    def _activate(self, hidden: Tensor) -> Tensor:
+        if self.is_gelu:
+            return F.gelu(hidden, approximate="tanh")
+        gate, up = hidden.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+
+def _linears(weights: Tensor, biases: Tensor | None) -> nn.ModuleList:
+    """Return a linear map for each of (E, O, I) weights and (E, O) biases, without a copy."""
+    linears = nn.ModuleList()
+    for expert, weight in enumerate(weights):
+        width_out, width_in = weight.shape
+        linear = nn.Linear(width_in, width_out, bias=biases is not None, device="meta")
+        state = {"weight": weight} if biases is None else {"weight": weight, "bias": biases[expert]}
+        linear.load_state_dict(state, assign=True)
+        linears.append(linear.requires_grad_(False))
+    return linears
 
 
 # ------------------------------------------------------------------------------ streaming

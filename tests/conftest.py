@@ -8,6 +8,7 @@ import pytest
 import torch
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests compare what a CPU computes
 torch.set_num_threads(1)
 logging.getLogger().setLevel(logging.INFO)  # as scripts do
 

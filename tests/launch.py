@@ -1,6 +1,6 @@
 """Start our scripts as a user does: alone, under torchrun, on several nodes, killed at any moment.
 
-Also the flags and the VAE of a run small enough for that. pytest imports this from the tests' own folder.
+Also the flags and the VAE of a run small enough for that. pytest finds this in the tests' folder.
 """
 
 import os

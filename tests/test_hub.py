@@ -196,11 +196,12 @@ def tiny_vae(folder: Path) -> Path:
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
-    AutoencoderKL(
+    vae: Any = AutoencoderKL(
         in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(8,) * 4,
         layers_per_block=1, latent_channels=4, norm_num_groups=8, sample_size=64,
-    ).save_pretrained(folder)  # fmt: skip
+    )  # fmt: skip
+    vae.save_pretrained(folder)
     return folder
 
 

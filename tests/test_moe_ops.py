@@ -205,12 +205,12 @@ def test_custom_operators_keep_their_contract_with_torch(name: str):
     transposed = x.detach().t().contiguous().t().requires_grad_()  # column-major
     frozen = [tensor.detach() for tensor in (x, gate_up, down, weights)]
     operators: dict[str, tuple[Any, tuple[Any, ...]]] = {
-        "segments": (swiglu_segments, (x, gate_up, down, weights, *plan, True)),
+        "segments": (swiglu_segments, (x, gate_up, down, weights, plan.order, plan.offsets, True)),
         "segments, transposed": (
             swiglu_segments,
-            (transposed, gate_up, down, weights, *plan, True),
+            (transposed, gate_up, down, weights, plan.order, plan.offsets, True),
         ),
-        "segments, no gradients": (swiglu_segments, (*frozen, *plan, False)),
+        "segments, no gradients": (swiglu_segments, (*frozen, plan.order, plan.offsets, False)),
         "grouped_linear": (grouped_linear, (torch.cat([x, x]), gate_up, plan.offsets)),
     }
     torch.library.opcheck(*operators[name])

@@ -33,6 +33,10 @@ def random_model(config: DiTConfig = TINY, std: float = 0.1) -> DiT:
     return model
 
 
+def moe(model: DiT, block: int = 0) -> Any:
+    return model.get_submodule(f"blocks.{block}.moe")
+
+
 def draw(model: nn.Module, num_steps: int = 3, **options: Any) -> Tensor:
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     options = {"cfg_scale": 2.0, "null_label": 3, **options}
@@ -84,11 +88,10 @@ def test_int8_experts_are_near_bfloat16_and_a_quarter_of_float32(
     expected = draw(load_model(path, dtype=torch.float32))
     exact = load_for_sampling(path, dtype=torch.float32, quantize="int8")
     half = load_for_sampling(path, dtype=torch.bfloat16, quantize="int8")
-    assert isinstance(exact.blocks[2].moe.experts, Int8Experts)  # type: ignore[union-attr]
+    assert isinstance(moe(exact, 2).experts, Int8Experts)
     assert relative_error(draw(exact), expected) < 0.02
     assert relative_error(draw(half), draw(load_model(path, dtype=torch.bfloat16))) < 0.03
-    weight: Any = exact.blocks[0].moe.experts.mlps[3]  # type: ignore[union-attr, index]
-    stored = (weight.fc1 if mlp_type == "gelu" else weight.gate_up_proj).weight.qdata
+    stored: Any = moe(exact).experts.up[3].weight.qdata
     assert stored.dtype == torch.int8
 
 
@@ -147,8 +150,8 @@ def narrow(value: Tensor) -> Tensor:
 
 
 def test_a_deep_model_in_real_float16_has_no_nan_over_50_steps() -> None:
-    config = DiTConfig.from_dict({**TINY.to_dict(), "depth": 28, "hidden_size": 16})
-    model = random_model(config, std=0.15)
+    fields = {"depth": 28, "hidden_size": 16, "patch_size": 4, "num_experts": 2}
+    model = random_model(DiTConfig.from_dict({**TINY.to_dict(), **fields}), std=0.15)
     expected = draw(model, num_steps=50, cfg_scale=1.0)
     found = draw(model.half(), num_steps=50, cfg_scale=1.0)
     assert found.dtype == torch.float32 and found.isfinite().all()
@@ -173,5 +176,5 @@ def test_rounding_every_operator_to_float16_is_near_float32_where_float16_is_slo
         found = draw(model.half())
     hook.remove()
     assert set(seen) == {torch.float32}  # the residual stream
-    assert isinstance(model.blocks[0].moe.experts, Experts)  # type: ignore[union-attr]
+    assert isinstance(moe(model).experts, Experts)
     assert 0 < relative_error(found, expected) < 0.01

@@ -30,6 +30,10 @@ def random_model(config: DiTConfig, seed: int = 0) -> DiT:
     return model
 
 
+def moe(model: DiT, block: int = 0) -> Any:
+    return model.get_submodule(f"blocks.{block}.moe")
+
+
 def inputs(config: DiTConfig) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     shape = (3, config.in_channels, config.input_size, config.input_size)
@@ -74,7 +78,7 @@ def test_the_golden_dense_network_keeps_its_output(
     flags = ("--num-experts", str(num_experts), "--num-experts-per-tok", str(active))
     differences = run(source, out, *flags, config=config)
     model = load_model(out)
-    assert isinstance(model.blocks[0].moe.experts, GeluExperts)  # type: ignore[union-attr]
+    assert isinstance(moe(model).experts, GeluExperts)
     with torch.no_grad():
         found = model(data["x"], data["t"], data["y"])
     torch.testing.assert_close(found, data["outputs"]["forward"], rtol=0, atol=1e-5)
@@ -108,7 +112,7 @@ def test_finer_and_shared_experts_keep_the_output(
 
 def test_a_diffusers_folder_keeps_its_output(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    dense = DiTTransformer2DModel(
+    dense: Any = DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2,
         sample_size=8, patch_size=2, num_embeds_ada_norm=3,
     )  # fmt: skip
@@ -140,7 +144,7 @@ def test_copied_experts_of_a_moe_serve_a_side_each_and_nearly_keep_the_output(
     assert result.config.num_experts_per_tok == 2 and not result.config.norm_topk_prob
     assert 1e-4 < max(differences) < 0.1  # tokens near the border between two copies
     x = torch.randn(400, 32)
-    chosen = result.blocks[0].moe.router(x).expert_indices  # type: ignore[union-attr, operator]
+    chosen = moe(result).router(x).expert_indices
     assert len(set(chosen.flatten().tolist())) == 8
 
 
@@ -149,8 +153,8 @@ def test_noise_changes_the_output_and_says_by_how_much(tmp_path: Path) -> None:
     path = save(source, tmp_path / "dense.safetensors")
     differences = run(path, tmp_path / "noisy", "--noise", "0.1", "--num-experts-per-tok", "2")
     assert 0.01 < max(differences) < 0.2
-    experts = load_model(tmp_path / "noisy").blocks[0].moe.experts.down_proj  # type: ignore[union-attr]
-    changed = (experts[0] != source.state_dict()["blocks.0.mlp.down_proj.weight"]).float().mean()  # type: ignore[index]
+    experts = moe(load_model(tmp_path / "noisy")).experts.down_proj
+    changed = (experts[0] != source.state_dict()["blocks.0.mlp.down_proj.weight"]).float().mean()
     assert 0.45 < changed.item() < 0.55  # --noise-share
 
 
@@ -172,14 +176,14 @@ def test_all_experts_of_the_upcycled_golden_network_train_apart(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        for seen, block in zip(touched, model.blocks, strict=True):
-            seen |= block.moe.experts.up_proj.grad.flatten(1).norm(dim=1) > 0  # type: ignore[union-attr]
-    for seen, block in zip(touched, model.blocks, strict=True):
+        for i, seen in enumerate(touched):
+            seen |= moe(model, i).experts.up_proj.grad.flatten(1).norm(dim=1) > 0
+    for i, seen in enumerate(touched):
         assert seen.all()
-        weights = block.moe.experts.up_proj.flatten(1)  # type: ignore[union-attr]
-        apart = torch.cdist(weights, weights) + torch.eye(8)  # type: ignore[arg-type]
+        weights = moe(model, i).experts.up_proj.flatten(1)
+        apart = torch.cdist(weights, weights) + torch.eye(8)
         assert apart.min() > 1e-3
-        assert block.moe.shared_experts.fc2.weight.abs().max() > 0  # type: ignore[union-attr]
+        assert moe(model, i).shared_experts.fc2.weight.abs().max() > 0
 
 
 def test_the_result_starts_a_training_run_whose_flags_do_not_tell_its_mlps(tmp_path: Path) -> None:

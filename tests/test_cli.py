@@ -1,0 +1,255 @@
+"""The scripts as a user types them: published commands and spellings, help, dry runs, mistakes."""
+
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launch import REPO, TINY_RUN, Process, save_tiny_vae, torchrun
+from PIL import Image
+
+from checkpoint import checkpoint_path, load_checkpoint, load_model
+from train_utils import build_parser
+
+SCRIPTS = sorted(path.name for path in REPO.glob("*.py") if "__main__" in path.read_text())
+NUM_CLASSES, IMAGES_PER_CLASS = 3, 2
+
+
+def run_script(script: str, *flags: str) -> tuple[int, str]:
+    """Run a script in this process; returns its exit code and the message it exits with."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *flags])
+        try:
+            runpy.run_path(str(REPO / script), run_name="__main__")
+        except SystemExit as ended:
+            return (ended.code, "") if isinstance(ended.code, int) else (1, str(ended.code))
+    return 0, ""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with images/CLASS/*.png of several shapes, and a small vae/."""
+    folder = tmp_path_factory.mktemp("inputs")
+    generator = torch.Generator().manual_seed(0)
+    for label in range(NUM_CLASSES):
+        (folder / "images" / f"class{label}").mkdir(parents=True)
+        for index in range(IMAGES_PER_CLASS):
+            shape = (70 + 10 * index, 90 - 10 * label, 3)
+            pixels = torch.randint(256, shape, generator=generator, dtype=torch.uint8).numpy()
+            Image.fromarray(pixels).save(folder / "images" / f"class{label}" / f"{index}.png")
+    save_tiny_vae(folder / "vae")
+    return folder
+
+
+def published_train_flags(inputs: Path, model: str, image_size: int) -> list[str]:
+    """Return the published command's flags, with our paths and sizes."""
+    return [
+        *("--model", model, "--num_experts", "8", "--num_experts_per_tok", "2"),
+        *("--data-path", str(inputs / "images"), "--image-size", str(image_size)),
+        *("--global-batch-size", "4", "--vae-path", str(inputs / "vae")),
+    ]
+
+
+def published_sample_flags(inputs: Path, model: str, ckpt: Path, image_size: int) -> list[str]:
+    return [
+        *("--model", model, "--ckpt", str(ckpt), "--vae-path", str(inputs / "vae")),
+        *("--image-size", str(image_size), "--cfg-scale", "1.5"),
+    ]
+
+
+# ------------------------------------------------------------------------------ published commands
+
+
+def test_the_published_training_and_sampling_commands_run(inputs: Path, tmp_path: Path) -> None:
+    flags = published_train_flags(inputs, "DiT-Ti/2", 64)
+    ours = ("--max-steps", "2", "--results-dir", str(tmp_path), "--run-name", "run")
+    output = Process(torchrun("train.py", *flags, *ours), tmp_path / "log.txt").wait()
+    assert "Traceback" not in output and output.count("parameters:") == 1
+    run = tmp_path / "run"
+    settings = load_checkpoint(checkpoint_path(run, 2))["settings"]
+    assert settings["objective"] == "ddpm" and settings["num_workers"] == 4
+    assert load_model(run).config.num_classes == NUM_CLASSES
+
+    fewer = ("--num-sampling-steps", "2", "--out", str(tmp_path / "sample.png"))
+    command = published_sample_flags(inputs, "DiT-Ti/2", run, 64)
+    assert run_script("sample.py", *command, *fewer) == (0, "")
+    pictures = {tmp_path / "sample.png": 40 // NUM_CLASSES, run / "samples" / "0000002.png": 6}
+    for picture, rows in pictures.items():
+        with Image.open(picture) as image:
+            assert image.size == (NUM_CLASSES * 66 + 2, rows * 66 + 2)
+
+
+@pytest.mark.slow
+def test_the_published_commands_run_at_their_real_size(inputs: Path, tmp_path: Path) -> None:
+    flags = published_train_flags(inputs, "DiT-S/2", 256)
+    ours = ("--max-steps", "2", "--results-dir", str(tmp_path), "--run-name", "run")
+    Process(torchrun("train.py", *flags, *ours, "--sample-every", "0"), tmp_path / "log").wait()
+    out = tmp_path / "sample.png"
+    fewer = ("--num-sampling-steps", "2", "--num-per-class", "1", "--out", str(out))
+    command = published_sample_flags(inputs, "DiT-S/2", tmp_path / "run", 256)
+    Process([sys.executable, "sample.py", *command, *fewer], tmp_path / "log2").wait()
+    assert out.exists()
+
+
+@pytest.mark.slow
+def test_a_dry_run_under_torchrun_prints_the_published_size_once(
+    inputs: Path, tmp_path: Path
+) -> None:
+    flags = published_train_flags(inputs, "DiT-S/2", 256)
+    ours = ("--num-classes", "1000", "--results-dir", str(tmp_path), "--dry-run")
+    output = Process(torchrun("train.py", *flags, *ours), tmp_path / "log.txt").wait()
+    assert re.findall(r"parameters: (\S+) total", output) == ["199,307,552"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.txt"]
+
+
+# ------------------------------------------------------------------------------ spellings
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "value"),
+    [
+        ("--num_experts 16", "num_experts", 16),
+        ("--num_experts_per_tok 1", "num_experts_per_tok", 1),
+        ("--rf", "rf", True),
+        ("--rf True", "rf", True),
+        ("--rf False", "rf", False),
+        ("--rf=false", "rf", False),
+        ("--global-seed 3", "seed", 3),
+        ("--global_seed 3", "seed", 3),
+        ("--accum_iter 4", "accum_steps", 4),
+        ("--train_batch_size 8", "global_batch_size", 8),
+        ("--global_batch_size 8", "global_batch_size", 8),
+        ("--ckpt_every 8", "ckpt_every", 8),
+        ("--image_size 64", "image_size", 64),
+        ("--vae_path V", "vae_path", "V"),
+        ("--results_dir R", "results_dir", "R"),
+    ],
+)
+def test_published_spellings_mean_the_same(flags: str, name: str, value: object) -> None:
+    args = build_parser(None).parse_args(["--data_path", "D", *flags.split()])
+    assert getattr(args, name) == value and args.data_path == "D"
+
+
+def test_abbreviated_flags_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_script("train.py", *TINY_RUN, "--max-step", "1")[0] == 2
+    assert "unrecognized arguments: --max-step 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", sorted(REPO.glob("scripts/train_*.sh")), ids=lambda p: p.name)
+def test_launch_scripts_start_training_with_flags_that_it_knows(
+    script: Path, tmp_path: Path
+) -> None:
+    """A stand-in for the launcher writes down what it is asked to run."""
+    for launcher in ("torchrun", "deepspeed"):
+        (tmp_path / launcher).write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+        (tmp_path / launcher).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "DATA": "images"}
+    command = ["bash", str(script), "--max-steps", "7"]
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    words = printed.stdout.split()
+    position = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    args = build_parser(None).parse_known_args(words[position + 1 :])
+    assert args[1] == [] and args[0].max_steps == 7 and args[0].data_path == "images"
+
+
+# ------------------------------------------------------------------------------ help, dry run
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_a_command_and_explains_every_flag(
+    script: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["convert"] if script == "checkpoint.py" else []
+    assert run_script(script, *command, "--help")[0] == 0
+    text = capsys.readouterr().out
+    assert script in text and "usage:" in text
+    entries = re.findall(r"^  (--.*(?:\n {6,}.*)*)", text, re.M)
+    assert len(entries) > 3
+    assert [entry for entry in entries if not re.search(r"\s{2,}\S", entry)] == []
+
+
+def test_a_dry_run_prints_settings_and_sizes_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _ = run_script("train.py", *TINY_RUN, "--results-dir", str(tmp_path), "--dry-run")
+    text = capsys.readouterr().out
+    assert code == 0
+    assert '"num_experts": 4' in text and '"objective": "rf"' in text
+    assert "parameters: 872,840 total, 762,248 activated" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        ("train.py", "--max-steps 0", "--max-steps/--max_steps: 0 is not in [1, inf]"),
+        ("train.py", "--max-steps many", "--max-steps/--max_steps: invalid int value: 'many'"),
+        ("train.py", "--ema-decay 1.5", "--ema-decay/--ema_decay: 1.5 is not in [0, 1]"),
+        ("train.py", "--lr nan", "--lr: nan is not in [0, inf]"),
+        ("train.py", "--seed -1", "--global_seed: -1 is not in [0, inf]"),
+        ("train.py", "--rf maybe", "--rf: expected True or False, got 'maybe'"),
+        ("train.py", "--model DiT-Q/2", "invalid choice: 'DiT-Q/2' (choose from"),
+        ("train.py", "--precision fp8", "invalid choice: 'fp8' (choose from"),
+        ("train.py", "--no-such-flag", "unrecognized arguments: --no-such-flag"),
+        ("sample.py", "--cfg-scale -1", "--cfg-scale/--cfg_scale: -1 is not in [0, inf]"),
+        ("sample.py", "--cfg-interval 0 2", "2 is not in [0, 1]"),
+        ("sample.py", "--num-sampling-steps 0", "0 is not in [1, inf]"),
+        ("sample.py", "--dtype int8", "invalid choice: 'int8' (choose from"),
+    ],
+)
+def test_a_bad_value_is_refused_with_flag_value_and_range(
+    script: str, flags: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    required = ("--data-path", "digits") if script == "train.py" else ("--ckpt", "C")
+    assert run_script(script, *required, *flags.split())[0] == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--data-path nowhere", "--data-path nowhere is not a folder. It accepts 'digits'"),
+        ("--image-size 32", "--image-size 32: digits has 8 pixels"),
+        ("--vae-path nowhere", "--vae-path nowhere is not a folder"),
+        ("--num-experts-per-tok 5", "num_experts_per_tok=5 must be in [1, num_experts=4]"),
+        ("--class-dropout-prob 1", "class_dropout_prob=1.0 must be in [0, 1)"),
+        ("--num-classes 5", "--num-classes 5 is less than the 10 classes of --data-path digits"),
+        ("--accum-steps 3", "--global-batch-size 8 is not --micro-batch-size 2 x --accum-steps 3"),
+        ("--init-from nowhere", "no such file: nowhere"),
+        ("--resume nowhere", "--resume nowhere: no such file"),
+        ("--model DiT-S/8 --image-size 12", "--image-size 12: digits has 8 pixels"),
+        ("--data-path fashion-mnist --fashion-mnist-root nowhere", "cannot read the idx file"),
+    ],
+)
+def test_values_that_do_not_fit_together_end_training_with_a_sentence(
+    flags: str, message: str, tmp_path: Path
+) -> None:
+    results = ("--results-dir", str(tmp_path))
+    code, error = run_script("train.py", *TINY_RUN, *results, *flags.split())
+    assert code == 1 and error.startswith("train.py: error: ") and message in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_has_exit_code_1_and_no_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "train.py", "--data-path", str(tmp_path / "nowhere")]
+    ended = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert ended.returncode == 1 and ended.stdout == ""
+    assert ended.stderr.startswith(f"train.py: error: --data-path {tmp_path / 'nowhere'} is not a")
+    assert len(ended.stderr.splitlines()) == 1
+
+
+def test_a_broken_image_ends_training_and_is_named(inputs: Path, tmp_path: Path) -> None:
+    images = Path(shutil.copytree(inputs / "images", tmp_path / "images"))
+    broken = images / "class1" / "0.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    flags = ("--image-size", "8", "--vae-path", "none", "--num-workers", "0", "--max-steps", "2")
+    with pytest.raises(ValueError, match=rf"cannot read the image file {broken}"):
+        run_script("train.py", *TINY_RUN, "--data-path", str(images), *flags)
