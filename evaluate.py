@@ -21,7 +21,7 @@ import runtime
 from checkpoint import atomic_write, load_model, load_settings
 from data import ImageDataset, load_dataset, load_vae
 from diffusion import create_diffusion
-from flags import FlagParser, number
+from flags import FlagParser, number, sampling_flags, sampling_options
 
 
 def build_parser() -> FlagParser:
@@ -31,12 +31,7 @@ def build_parser() -> FlagParser:
     data.add("--ckpt", required=True, help="checkpoint or run folder of ours")
     data.add("--num-samples", type=number(int, 1), default=500, help="spread evenly over classes")
     data.add("--classifier-cache", default="results/classifiers", help="folder of the classifiers")
-    sampling = parser.group("Sampling")
-    sampling.add("--sampler", help="default: the objective's own")
-    sampling.add("--num-sampling-steps", type=number(int, 1), help="default: the sampler's own")
-    sampling.add("--cfg-scale", type=number(float, 0), default=1.5, help="guidance; 1 = off")
-    sampling.add("--seed", type=int, default=0, help="of the noise")
-    sampling.add("--batch-size", type=number(int, 1), default=100, help="images at once")
+    sampling_flags(parser, batch_size=100)
     return parser
 
 
@@ -159,9 +154,7 @@ def main(args: argparse.Namespace) -> None:
                 model,
                 torch.randn(len(y), *shape, generator=generator).to(device),
                 y.to(device),
-                sampler=args.sampler,
-                num_steps=args.num_sampling_steps,
-                cfg_scale=args.cfg_scale,
+                **sampling_options(args),
                 null_label=config.null_label,
                 generator=generator,
             )

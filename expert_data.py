@@ -27,7 +27,7 @@ import runtime
 from checkpoint import find_objective, latest_checkpoint, load_model, load_settings
 from data import VAE, ImageDataset, Pixels, load_dataset, load_vae
 from diffusion import Diffusion, create_diffusion
-from flags import FlagParser, flag, number
+from flags import FlagParser, flag, number, sampling_flags, sampling_options
 from models import DiT
 from routing import RoutingRecorder
 from routing_data import (
@@ -71,16 +71,7 @@ def build_parser() -> FlagParser:
     model.add("--ema", default=True, **flag, help="averaged weights")
     model.add("--dtype", choices=list(runtime.DTYPES), help="of the weights; default: by hardware")
 
-    sampling = parser.group("Sampling")
-    sampling.add("--sampler", help="euler, heun (rf); ddpm, ddim, dpm++ (ddpm)")
-    sampling.add("--num-sampling-steps", type=number(int, 1), help="default: the sampler's own")
-    sampling.add("--cfg-scale", type=number(float, 0), default=1.5, help="1: no unconditional half")
-    sampling.add("--cfg-channels", type=number(int, 1), help="guided; default: ddpm 3, rf all")
-    sampling.add(
-        "--cfg-interval", nargs=2, type=number(float, 0, 1), default=[0.0, 1.0], help="guided t"
-    )
-    sampling.add("--seed", type=number(int, 0), default=0, help="of the noise")
-    sampling.add("--batch-size", type=number(int, 1), default=64, help="images at once per rank")
+    sampling = sampling_flags(parser)
     sampling.add("--max-batches", type=number(int, 1), help="stop after so many per rank")
     return parser
 
@@ -226,17 +217,12 @@ class Router:
     def _sample(
         self, noise: Tensor, y: Tensor, generator: torch.Generator, at_step: Callable
     ) -> Tensor:
-        args = self.args
         return self.diffusion.sample(
             self.model,
             noise,
             y,
-            sampler=args.sampler,
-            num_steps=args.num_sampling_steps,
-            cfg_scale=args.cfg_scale,
+            **sampling_options(self.args),
             null_label=self.model.config.null_label,
-            cfg_channels=args.cfg_channels,
-            cfg_interval=tuple(args.cfg_interval),
             generator=generator,
             callback=at_step,
         )

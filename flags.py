@@ -60,3 +60,29 @@ class FlagParser(argparse.ArgumentParser):
     def group(self, title: str) -> FlagGroup:
         """Start a group of flags."""
         return FlagGroup(self.add_argument_group(title))
+
+
+def sampling_flags(parser: FlagParser, batch_size: int = 64) -> FlagGroup:
+    """Add the group of flags that `Diffusion.sample` takes, for every script that samples."""
+    group = parser.group("Sampling")
+    group.add("--sampler", help="euler, heun (rf); ddpm, ddim, dpm++ (ddpm)")
+    group.add("--num-sampling-steps", type=number(int, 1), help="default: the sampler's own")
+    group.add("--cfg-scale", type=number(float, 0), default=1.5, help="guidance; 1 = off")
+    group.add("--cfg-channels", type=number(int, 1), help="guided; default: ddpm 3, rf all")
+    group.add(
+        "--cfg-interval", nargs=2, type=number(float, 0, 1), default=[0.0, 1.0], help="guided t"
+    )
+    group.add("--seed", type=number(int, 0), default=0, help="of the noise")
+    group.add("--batch-size", type=number(int, 1), default=batch_size, help="images at once")
+    return group
+
+
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `Diffusion.sample` that `sampling_flags` describe."""
+    return {
+        "sampler": args.sampler,
+        "num_steps": args.num_sampling_steps,
+        "cfg_scale": args.cfg_scale,
+        "cfg_channels": args.cfg_channels,
+        "cfg_interval": tuple(args.cfg_interval),
+    }

@@ -17,7 +17,7 @@ import runtime
 from checkpoint import find_objective, load_model, load_settings
 from data import load_vae, save_grid
 from diffusion import create_diffusion
-from flags import FlagParser, flag, number
+from flags import FlagParser, flag, number, sampling_flags, sampling_options
 from models import DiT_models, DiTConfig
 
 IMAGENET_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]  # DiT's own picture
@@ -43,16 +43,7 @@ def build_parser() -> FlagParser:
     model.add("--ema", default=True, **flag, help="averaged weights")
     model.add("--dtype", choices=list(runtime.DTYPES), help="of the weights; default: by hardware")
 
-    sampling = parser.group("Sampling")
-    sampling.add("--sampler", help="euler, heun (rf); ddpm, ddim, dpm++ (ddpm)")
-    sampling.add("--num-sampling-steps", type=number(int, 1), help="default: the sampler's own")
-    sampling.add("--cfg-scale", type=number(float, 0), default=1.5, help="guidance; 1 = off")
-    sampling.add("--cfg-channels", type=number(int, 1), help="guided; default: ddpm 3, rf all")
-    sampling.add(
-        "--cfg-interval", nargs=2, type=number(float, 0, 1), default=[0.0, 1.0], help="guided t"
-    )
-    sampling.add("--seed", type=int, default=0, help="of the noise")
-    sampling.add("--batch-size", type=number(int, 1), default=64, help="images at once")
+    sampling_flags(parser)
     return parser
 
 
@@ -131,12 +122,8 @@ def main(args: argparse.Namespace) -> None:
                 model,
                 noise[part].to(device),
                 y[part].to(device),
-                sampler=args.sampler,
-                num_steps=args.num_sampling_steps,
-                cfg_scale=args.cfg_scale,
+                **sampling_options(args),
                 null_label=config.null_label,
-                cfg_channels=args.cfg_channels,
-                cfg_interval=tuple(args.cfg_interval),
                 generator=generator,
                 progress=True,
             )

@@ -18,20 +18,8 @@ from torch.nn.utils import clip_grad_norm_
 
 import runtime
 from checkpoint import checkpoint_path, load_checkpoint, prune_checkpoints, save_checkpoint
-from train_utils import (
-    Batch,
-    Ema,
-    Job,
-    build_parser,
-    check_resumable,
-    compile_blocks,
-    draw_grid,
-    launch,
-    learning_rate,
-    mean_losses,
-    micro_loss,
-    restore_rng,
-)
+from train_loop import Batch, draw_grid, launch, learning_rate, mean_losses, micro_loss
+from train_utils import Ema, Job, build_parser, check_resumable, compile_blocks, restore_rng
 
 
 class DdpTrainer:

@@ -31,19 +31,14 @@ from sharded import (
     write_share,
     write_state,
 )
+from train_loop import Batch, draw_grid, launch, learning_rate, mean_losses, micro_loss
 from train_utils import (
-    Batch,
     Job,
     build_parser,
     check_resumable,
     compile_blocks,
     describe,
-    draw_grid,
     initial_weights,
-    launch,
-    learning_rate,
-    mean_losses,
-    micro_loss,
     restore_rng,
 )
 

@@ -18,7 +18,8 @@ from launch import REPO
 
 import zero
 from train_deepspeed import DeepSpeedTrainer, build_deepspeed_parser
-from train_utils import latent_batches, prepare
+from train_loop import latent_batches
+from train_utils import prepare
 
 
 def peak() -> float:

@@ -4,11 +4,11 @@ import gzip
 import struct
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from launch import save_tiny_vae
 from PIL import Image
 
 import data
@@ -75,20 +75,7 @@ def write_fashion_mnist(root, labels=(0, 9, 4)):
 @pytest.fixture(scope="module")
 def vae_folder(tmp_path_factory):
     """Save a small random AutoencoderKL and return its folder."""
-    from diffusers import AutoencoderKL
-
-    folder = tmp_path_factory.mktemp("vae")
-    torch.manual_seed(0)
-    model: Any = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8,) * 4,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-    )
-    model.save_pretrained(folder)
-    return folder
+    return save_tiny_vae(tmp_path_factory.mktemp("vae"))
 
 
 def open_vae(folder, **options):

@@ -26,7 +26,8 @@ from train_worker import (
 
 from checkpoint import checkpoint_path, latest_checkpoint, load_checkpoint
 from train import DdpTrainer
-from train_utils import build_parser, launch
+from train_loop import launch
+from train_utils import build_parser
 
 CKPT_EVERY, MAX_STEPS = 4, 40
 STOPPABLE_RUN = (*TINY_RUN, "--ckpt-every", str(CKPT_EVERY), "--log-every", "1")

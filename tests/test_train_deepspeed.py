@@ -27,7 +27,8 @@ from checkpoint import build_parser as build_export_parser
 from checkpoint import export, latest_checkpoint, load_checkpoint, load_model, main
 from memory import GIB
 from sharded import ShardedCheckpoint
-from train_utils import build_parser, draw_grid, prepare
+from train_loop import draw_grid
+from train_utils import build_parser, prepare
 
 CKPT_EVERY, MAX_STEPS = 3, 9
 RUN = (*TINY_RUN, "--ckpt-every", str(CKPT_EVERY), "--log-every", "1")

@@ -17,19 +17,15 @@ from checkpoint import checkpoint_path, load_model, save_safetensors
 from models import DiT_models
 from routing import LoadCounter
 from train import DdpTrainer
+from train_loop import Reporter, draw_grid, launch, learning_rate, load_scalars
 from train_utils import (
     Ema,
     Job,
-    Reporter,
     build_model,
     build_parser,
     default_run_name,
     describe,
-    draw_grid,
     find_resume,
-    launch,
-    learning_rate,
-    load_scalars,
     prepare,
     resolve_batch,
 )
