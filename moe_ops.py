@@ -63,10 +63,10 @@ class _Rows(NamedTuple):
 
 
 def _row_alignment(num_rows: int, num_experts: int, dtype: torch.dtype) -> int:
-    """Return the power of two that pads an average segment by a sixteenth at most."""
+    """Return the power of two that pads an average segment by a thirty-second at most."""
     if dtype == torch.float32:
         return 1
-    return 1 << min(max(num_rows // (8 * num_experts), 1).bit_length() - 1, 6)
+    return 1 << min(max(num_rows // (32 * num_experts), 1).bit_length() - 1, 6)
 
 
 def _padded_size(num_rows: int, num_experts: int, dtype: torch.dtype) -> int:
@@ -99,9 +99,9 @@ def _swiglu_forward(
     """Write down(silu(gate(rows)) * up(rows)) to `out`; gate and up rows stay in `hidden` if given.
 
     Args:
-        rows, out: (m, D). gate_up: (2F, D). down: (D, F), both in any dtype. hidden: (2, m, F).
+        rows, out: (m, D). gate_up: (2F, D). down: (D, F). hidden: (2, m, F).
     """
-    gate_weight, up_weight = gate_up.to(rows.dtype).chunk(2)
+    gate_weight, up_weight = gate_up.chunk(2)
     if hidden is None:
         activation, up = F.silu(rows @ gate_weight.t(), inplace=True), rows @ up_weight.t()
     else:
@@ -109,7 +109,7 @@ def _swiglu_forward(
         torch.mm(rows, gate_weight.t(), out=gate)
         torch.mm(rows, up_weight.t(), out=up)
         activation = F.silu(gate)
-    torch.mm(activation.mul_(up), down.to(rows.dtype).t(), out=out)
+    torch.mm(activation.mul_(up), down.t(), out=out)
 
 
 def _swiglu_backward(
@@ -138,31 +138,23 @@ def _swiglu_backward(
     gate, up = hidden
     silu = F.silu(gate)
     activation = silu * up
-    grad_activation = grad @ down.to(grad.dtype)  # but for the row's weight
+    grad_activation = grad @ down  # but for the row's weight
     grad_weights = None
     if weights is not None:
         # <grad, down(activation)> without keeping the expert's output
         grad_weights = (grad_activation * activation).sum(dim=1, keepdim=True)
         grad, rows = grad.mul_(weights), rows.mul_(weights)
-    _matmul_into(grad_down, grad.t(), activation)
+    torch.mm(grad.t(), activation, out=grad_down)
     grad_up = silu.mul_(grad_activation)
     grad_gate = torch.ops.aten.silu_backward(grad_activation.mul_(up), gate)
-    gate_weight, up_weight = gate_up.to(rows.dtype).chunk(2)
+    gate_weight, up_weight = gate_up.chunk(2)
     torch.mm(grad_gate, gate_weight, out=grad_rows).addmm_(grad_up, up_weight)
     if weights is not None:
         grad_rows.mul_(weights)
     width = down.shape[1]
-    _matmul_into(grad_gate_up[:width], grad_gate.t(), rows)
-    _matmul_into(grad_gate_up[width:], grad_up.t(), rows)
+    torch.mm(grad_gate.t(), rows, out=grad_gate_up[:width])
+    torch.mm(grad_up.t(), rows, out=grad_gate_up[width:])
     return grad_weights
-
-
-def _matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """Write a @ b into `out`, through a scratch matrix if `out` has another dtype."""
-    if out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(a @ b)
 
 
 @torch.library.custom_op("dit_moe::swiglu_segments", mutates_args=())
@@ -177,13 +169,12 @@ def swiglu_segments(
 ) -> tuple[Tensor, Tensor]:
     """Run each expert over its segment of rows, one after the other.
 
-    Scratch memory is one segment, so it stays in cache from matmul to matmul, and weights are cast
-    to x's dtype an expert at a time. A custom op, so that `torch.compile` sees one node.
+    Scratch memory is one segment, so it stays in cache from matmul to matmul. A custom op, so that
+    `torch.compile` sees one node.
 
     Args:
         x: (M, D) tokens.
-        gate_up_proj: (E, 2F, D) and down_proj: (E, D, F), in any dtype.
-        expert_weights: (M, K), x's dtype.
+        gate_up_proj: (E, 2F, D), down_proj: (E, D, F) and expert_weights: (M, K), in x's dtype.
         order, offsets: of the `DispatchPlan`.
         keep_hidden: whether there will be a backward, which needs the hidden rows.
 
@@ -225,7 +216,7 @@ def swiglu_segments_backward(
         grad: (M, D), gradient of the output; the rest as in the forward.
 
     Returns:
-        Gradients of x, gate_up_proj, down_proj and expert_weights, in their shapes and dtypes.
+        Gradients of x, gate_up_proj, down_proj and expert_weights, in their shapes.
     """
     laid = _lay_out_rows(expert_weights, order, offsets)
     grad_rows = x.new_empty(len(laid.tokens), x.shape[1])
@@ -280,7 +271,7 @@ def swiglu_dense(
     """Run one SwiGLU over all tokens by the same steps as the experts.
 
     Args:
-        x: (M, D). gate_up: (2F, D) and down: (D, F), in any dtype.
+        x: (M, D). gate_up: (2F, D) and down: (D, F), in x's dtype.
         keep_hidden: whether there will be a backward.
 
     Returns:
@@ -301,7 +292,7 @@ def _(x, gate_up, down, keep_hidden):
 def swiglu_dense_backward(
     grad: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, hidden: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Differentiate `swiglu_dense`: gradients of x, gate_up and down, in their dtypes."""
+    """Differentiate `swiglu_dense`: gradients of x, gate_up and down."""
     grads = x.new_empty(x.shape), gate_up.new_empty(gate_up.shape), down.new_empty(down.shape)
     _swiglu_backward(grad, x, None, gate_up, down, hidden, *grads)
     return grads
@@ -455,13 +446,14 @@ def swiglu_experts(
     Source: arXiv:2407.11633, sec. 2.2; SwiGLU: arXiv:2002.05202.
     """
     plan = sort_by_expert(expert_indices, gate_up_proj.shape[0])
+    # Outside the ops: the backward uses the same cast.
+    gate_up_proj, down_proj = gate_up_proj.to(x.dtype), down_proj.to(x.dtype)
     expert_weights = expert_weights.to(x.dtype)
     if x.device.type == "cpu":
         keep_hidden = _needs_grad(x, gate_up_proj, down_proj, expert_weights)
         return swiglu_segments(
             x, gate_up_proj, down_proj, expert_weights, plan.order, plan.offsets, keep_hidden
         )[0]
-    gate_up_proj, down_proj = gate_up_proj.to(x.dtype), down_proj.to(x.dtype)
     return swiglu_grouped(x, gate_up_proj, down_proj, expert_weights, plan)
 
 
@@ -475,11 +467,12 @@ def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     Returns:
         (..., D).
     """
+    gate_up, down = gate_up.to(x.dtype), down.to(x.dtype)
     if x.device.type == "cpu":
         tokens = x.reshape(-1, x.shape[-1])
         return swiglu_dense(tokens, gate_up, down, _needs_grad(x, gate_up, down))[0].view_as(x)
-    gate, up = F.linear(x, gate_up.to(x.dtype)).chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, down.to(x.dtype))
+    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, down)
 
 
 def _needs_grad(*inputs: Tensor) -> bool:
