@@ -246,15 +246,30 @@ def measure_layer(bench: Bench, config: DiTConfig) -> None:
         bench.report("layer", config, laps, f"naive {precision.name}")
 
 
+class NaiveEma(Ema):
+    """The same average, one parameter and one operator after the other."""
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the model."""
+        for average, parameter in zip(self._averages, self._parameters, strict=True):
+            average.mul_(self.decay).add_(parameter, alpha=1 - self.decay)
+
+
 class TrainingStep:
-    """One model in training, as train.py does it: loss, backward, clipping, AdamW, EMA."""
+    """One model in training, as train.py does it: loss, backward, clipping, AdamW, EMA.
+
+    The naive one has torch's default AdamW and `NaiveEma`, as the published code.
+    """
 
     def __init__(self, config: DiTConfig, device: torch.device, naive: bool = False) -> None:
         self.config, self.device = config, device
         self.model = build_model(config, device, naive).train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=0.0, fused=True)
-        self.ema = Ema(self.model, 0.9999)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=1e-4, weight_decay=0.0, fused=not naive
+        )
+        self.ema = (NaiveEma if naive else Ema)(self.model, 0.9999)
         self.diffusion = create_diffusion("rf", learn_sigma=config.learn_sigma)
 
     def run(self, precision: Precision, images: int, watch: Stopwatch, seed: int) -> None:
