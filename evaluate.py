@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import runtime
-from checkpoint import atomic_write, load_model, load_settings
+from checkpoint import atomic_write
 from data import ImageDataset, load_dataset, load_vae
 from diffusion import create_diffusion
 from flags import FlagParser, number, sampling_flags, sampling_options
+from weights import load_model, load_settings
 
 
 def build_parser() -> FlagParser:

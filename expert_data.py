@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import runtime
-from checkpoint import find_objective, latest_checkpoint, load_model, load_settings
+from checkpoint import latest_checkpoint
 from data import VAE, ImageDataset, Pixels, load_dataset, load_vae
 from diffusion import Diffusion, create_diffusion
 from flags import FlagParser, flag, number, sampling_flags, sampling_options
@@ -42,6 +42,7 @@ from routing_data import (
     merge,
     save_table,
 )
+from weights import find_objective, load_model, load_settings
 
 PRINTED = (
     *("nmi_class", "nmi_step", "nmi_patch", "entropy", "entropy_early", "entropy_middle"),

@@ -54,8 +54,9 @@ class FlagGroup:
 class FlagParser(argparse.ArgumentParser):
     """ArgumentParser whose help is the script's docstring, then its flags by group."""
 
-    def __init__(self, docstring: str | None) -> None:
-        super().__init__(description=docstring, formatter_class=_HelpFormatter, allow_abbrev=False)
+    def __init__(self, docstring: str | None, **options: Any) -> None:
+        options |= {"formatter_class": _HelpFormatter, "allow_abbrev": False}
+        super().__init__(description=docstring, **options)
 
     def group(self, title: str) -> FlagGroup:
         """Start a group of flags."""

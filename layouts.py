@@ -5,8 +5,9 @@ Pure functions of state dicts; no file is read here (see checkpoint.py). In this
 1. `clean_names`: what wrappers (DDP, torch.compile) put in front of names.
 2. `to_ours`: the published layouts to ours: DiT-MoE with `qkv/proj` (S, B) or `Wqkv/out_proj`
    (XL, G) and one tensor per expert, dense DiT, and diffusers' DiTTransformer2DModel.
-3. `to_published`: ours to the published DiT-MoE layouts.
-4. `infer_config`: the DiTConfig from the shapes of our tensors.
+3. `by_block`: any layout to ours, one block at a time, for models that do not fit in memory.
+4. `to_published`: ours to the published DiT-MoE layouts.
+5. `infer_config`: the DiTConfig from the shapes of our tensors.
 
 Shape letters: D hidden, F expert hidden, S shared hidden, E experts, P patch, T tokens per image.
 """
@@ -14,6 +15,7 @@ Shape letters: D hidden, F expert hidden, S shared hidden, E experts, P patch, T
 import math
 import re
 from collections.abc import Iterator, Mapping
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -144,6 +146,45 @@ def _diffusers_to_ours(state: StateDict) -> Iterator[tuple[str, Tensor]]:
             yield f"blocks.{match[1]}.{ours}.{match[3]}", tensor
 
 
+def block_index(name: str) -> int | None:
+    """Return the number of the block that a tensor of any layout belongs to in ours."""
+    if ".norm1.emb." in name:  # diffusers' copies of the embedders
+        return None
+    match = re.match(r"(?:module\.)?(?:_orig_mod\.)?(?:transformer_)?blocks\.(\d+)\.", name)
+    return int(match[1]) if match else None
+
+
+class _InBlockOrder(Mapping[str, Tensor]):
+    """A view of a state dict: first what is in no block, then block after block."""
+
+    def __init__(self, state: StateDict) -> None:
+        self.state = state
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.state[name]
+
+    def __iter__(self) -> Iterator[str]:
+        found = {name: block_index(name) for name in self.state}
+        indices = {name: -1 if index is None else index for name, index in found.items()}
+        return iter(sorted(indices, key=indices.__getitem__))
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+
+def by_block(state: StateDict) -> Iterator[tuple[int | None, dict[str, Tensor]]]:
+    """Yield (None, tensors outside all blocks), then (i, tensors of block i), in our layout.
+
+    A tensor is asked of `state` when its group's turn comes, so a lazy mapping is read in steps.
+
+    Args:
+        state: names to tensors, in our layout or a published one.
+    """
+    ours = to_ours(_InBlockOrder(state))
+    for index, tensors in groupby(ours, lambda item: block_index(item[0])):
+        yield index, dict(tensors)
+
+
 def to_published(state: StateDict, *, flash_attention: bool) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) in a published DiT-MoE layout; dense weights keep their names.
 
@@ -189,7 +230,8 @@ def infer_config(state: StateDict, known: Mapping[str, Any] | None = None) -> Di
     Args:
         state: names to tensors in our layout.
         known: config fields known from elsewhere; they win. Shapes never tell
-            num_experts_per_tok (2 if unknown) and class_dropout_prob; num_heads only with QK norm
+            num_experts_per_tok (2 if unknown), norm_topk_prob (False) and class_dropout_prob;
+            num_heads only with QK norm
             or at a published width; input_size only with pos_embed.
 
     Raises:
@@ -235,12 +277,14 @@ def _fields_from_shapes(shapes: Mapping[str, torch.Size]) -> dict[str, Any]:
 def _mlp_fields(shapes: Mapping[str, torch.Size], hidden_size: int) -> dict[str, Any]:
     """Return the config fields of the MoE, or of the dense MLP."""
     if "blocks.0.moe.router.weight" in shapes:
-        shared = shapes.get("blocks.0.moe.shared_experts.down_proj.weight", (0, 0))[1]
+        mlp_type = "gelu" if "blocks.0.moe.experts.up_bias" in shapes else "swiglu"
+        shared_down = "fc2" if mlp_type == "gelu" else "down_proj"
+        shared = shapes.get(f"blocks.0.moe.shared_experts.{shared_down}.weight", (0, 0))[1]
         return {
             "num_experts": shapes["blocks.0.moe.router.weight"][0],
             "num_experts_per_tok": PUBLISHED_EXPERTS_PER_TOK,
             "num_shared_experts": shared // hidden_size,
-            "mlp_type": "swiglu",
+            "mlp_type": mlp_type,
             "mlp_ratio": shapes["blocks.0.moe.experts.down_proj"][2] / hidden_size,
         }
     mlp_type = "gelu" if "blocks.0.mlp.fc2.weight" in shapes else "swiglu"

@@ -13,16 +13,19 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin, save_torch_state_dict, snapshot_download
+from safetensors.torch import load_file
 from timm.layers import Attention as TimmAttention
 from timm.layers import Mlp, PatchEmbed, build_sincos2d_pos_embed
 from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_ops import swiglu, swiglu_experts
+from moe_ops import gelu_experts, swiglu, swiglu_experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +47,13 @@ class DiTConfig:
     class_dropout_prob: float = 0.1
     num_experts: int = 8  # 0: every block has one dense MLP instead
     num_experts_per_tok: int = 2
-    num_shared_experts: int = 2  # one always-on SwiGLU of hidden width num_shared_experts * D
+    num_shared_experts: int = 2  # one always-on MLP of hidden width num_shared_experts * D
+    norm_topk_prob: bool = False  # scale the K router weights of a token to sum to 1
     learn_sigma: bool = True  # twice the output channels; DDPM reads them as the variance
     qk_norm: bool = False
-    mlp_type: Literal["swiglu", "gelu"] = "swiglu"  # "gelu" has biases, as in the dense DiT
+    mlp_type: Literal["swiglu", "gelu"] = (
+        "swiglu"  # "gelu" has biases, as in the dense DiT; of experts too
+    )
 
     def __post_init__(self) -> None:
         def require(ok: bool, message: str) -> None:
@@ -84,10 +90,6 @@ class DiTConfig:
         require(
             self.mlp_type in ("swiglu", "gelu"),
             f"mlp_type={self.mlp_type!r} must be 'swiglu' or 'gelu'",
-        )
-        require(
-            self.num_experts == 0 or self.mlp_type == "swiglu",
-            "experts are SwiGLU: mlp_type='gelu' needs num_experts=0",
         )
 
     @property
@@ -222,7 +224,7 @@ class Routing(NamedTuple):
     """Router decision for M tokens."""
 
     expert_indices: Tensor  # (M, K) int64, in [0, E)
-    expert_weights: Tensor  # (M, K) fp32, in (0, 1]
+    expert_weights: Tensor  # (M, K) fp32, in (0, 1]: the probs, or with norm_topk_prob their share
     probs: Tensor  # (M, E) fp32, rows sum to 1
     aux_loss: Tensor  # () fp32, 1.0 when every expert gets the same load; 0 outside training
 
@@ -248,9 +250,16 @@ def load_balancing_loss(probs: Tensor, expert_indices: Tensor) -> Tensor:
 class TopKRouter(nn.Module):
     """Choose K of E experts for each token: softmax over all experts, then top-K."""
 
-    def __init__(self, hidden_size: int, num_experts: int, num_experts_per_tok: int) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        num_experts_per_tok: int,
+        norm_topk_prob: bool = False,
+    ) -> None:
         super().__init__()
         self.num_experts, self.num_experts_per_tok = num_experts, num_experts_per_tok
+        self.norm_topk_prob = norm_topk_prob
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
 
     def forward(self, x: Tensor) -> Routing:
@@ -258,6 +267,8 @@ class TopKRouter(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             probs = F.linear(x.float(), self.weight.float()).softmax(dim=-1)  # (M, E)
         weights, indices = probs.topk(self.num_experts_per_tok, dim=-1, sorted=False)
+        if self.norm_topk_prob:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
         aux_loss = load_balancing_loss(probs, indices) if self.training else probs.new_zeros(())
         return Routing(indices, weights, probs, aux_loss)
 
@@ -282,6 +293,14 @@ class SwiGLU(nn.Module):
         return swiglu(x.to(dtype), weight, self.down_proj.weight)
 
 
+def build_mlp(config: DiTConfig, mlp_hidden_size: int) -> Any:
+    """Return a dense MLP of the config's form: (..., D) to (..., D)."""
+    if config.mlp_type == "swiglu":
+        return SwiGLU(config.hidden_size, mlp_hidden_size)
+    gelu: Any = partial(nn.GELU, approximate="tanh")
+    return Mlp(config.hidden_size, mlp_hidden_size, act_layer=gelu)
+
+
 class Experts(nn.Module):
     """E SwiGLU experts held as stacked matrices."""
 
@@ -297,6 +316,23 @@ class Experts(nn.Module):
         return swiglu_experts(x, self.gate_up_proj, self.down_proj, expert_indices, expert_weights)
 
 
+class GeluExperts(nn.Module):
+    """E experts of the dense DiT's form, down(gelu(up(x))) with biases, held as stacked tensors."""
+
+    def __init__(self, num_experts: int, hidden_size: int, mlp_hidden_size: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Parameter(torch.empty(num_experts, mlp_hidden_size, hidden_size))
+        self.up_bias = nn.Parameter(torch.empty(num_experts, mlp_hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, mlp_hidden_size))
+        self.down_bias = nn.Parameter(torch.empty(num_experts, hidden_size))
+
+    def forward(self, x: Tensor, expert_indices: Tensor, expert_weights: Tensor) -> Tensor:
+        """Send (M, D) tokens through their (M, K) experts; returns the (M, D) weighted sum."""
+        x = x.to(compute_dtype(self.down_proj))
+        weights = (self.up_proj, self.up_bias, self.down_proj, self.down_bias)
+        return gelu_experts(x, *weights, expert_indices, expert_weights)
+
+
 class MoE(nn.Module):
     """Sparse MLP: K routed experts per token plus shared experts that see every token.
 
@@ -305,11 +341,16 @@ class MoE(nn.Module):
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        hidden_size = config.hidden_size
-        self.router = TopKRouter(hidden_size, config.num_experts, config.num_experts_per_tok)
-        self.experts = Experts(config.num_experts, hidden_size, config.mlp_hidden_size)
+        self.router = TopKRouter(
+            config.hidden_size,
+            config.num_experts,
+            config.num_experts_per_tok,
+            config.norm_topk_prob,
+        )
+        experts: Any = Experts if config.mlp_type == "swiglu" else GeluExperts
+        self.experts = experts(config.num_experts, config.hidden_size, config.mlp_hidden_size)
         self.shared_experts = (
-            SwiGLU(hidden_size, config.num_shared_experts * hidden_size)
+            build_mlp(config, config.num_shared_experts * config.hidden_size)
             if config.num_shared_experts
             else None
         )
@@ -320,7 +361,7 @@ class MoE(nn.Module):
         routing = self.router(tokens)
         out = self.experts(tokens, routing.expert_indices, routing.expert_weights).view_as(x)
         if self.shared_experts is not None:
-            out = out + self.shared_experts(x)
+            out = out + self.shared_experts(x.to(next(self.shared_experts.parameters()).dtype))
         return out, routing.aux_loss
 
 
@@ -350,11 +391,8 @@ class DiTBlock(nn.Module):
         self.is_moe = config.num_experts > 0
         if self.is_moe:
             self.moe = MoE(config)
-        elif config.mlp_type == "swiglu":
-            self.mlp: nn.Module = SwiGLU(hidden_size, config.mlp_hidden_size)
         else:
-            gelu: Any = partial(nn.GELU, approximate="tanh")
-            self.mlp = Mlp(hidden_size, config.mlp_hidden_size, act_layer=gelu)
+            self.mlp = build_mlp(config, config.mlp_hidden_size)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -388,10 +426,12 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale).to(self.linear.weight.dtype))
 
 
-class DiT(nn.Module):
+class DiT(nn.Module, PyTorchModelHubMixin, library_name="dit-moe"):
     """Diffusion transformer with sparse mixtures of experts.
 
     In training mode it returns `(prediction, aux_loss)`, in eval mode the prediction alone.
+    `from_pretrained`, `save_pretrained` and `push_to_hub` are huggingface_hub's, for folders and
+    repositories of config.json and safetensors.
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -471,10 +511,44 @@ class DiT(nn.Module):
     def num_parameters(self) -> tuple[int, int]:
         """Count parameters: (total, activated by one token), frozen position table included."""
         total = sum(p.numel() for p in self.parameters())
-        routed = [m for m in self.modules() if isinstance(m, Experts)]
+        routed = [m for m in self.modules() if isinstance(m, (Experts, GeluExperts))]
         experts = sum(p.numel() for module in routed for p in module.parameters())
         used_experts = experts * self.config.num_experts_per_tok // max(self.config.num_experts, 1)
         return total, total - experts + used_experts
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Write safetensors of at most 5 GB each; the mixin writes config.json."""
+        save_torch_state_dict(self.state_dict(), save_directory, metadata={"format": "pt"})
+
+    @classmethod
+    def _from_pretrained(  # type: ignore[override]
+        cls,
+        *,
+        model_id: str,
+        map_location: str = "cpu",
+        strict: bool = True,
+        config: DiTConfig,
+        **download: Any,
+    ) -> "DiT":
+        """Load a local folder or a repository; on the CPU the weights stay mapped from the files.
+
+        Args:
+            model_id: folder or repository of config.json and model*.safetensors.
+            map_location: device of the weights.
+            strict: refuse missing and unknown weights.
+            config: read from config.json by the mixin.
+            **download: revision, cache_dir, force_download, local_files_only, token.
+        """
+        patterns = ["config.json", "model*.safetensors"]
+        if not Path(model_id).is_dir():
+            model_id = snapshot_download(model_id, allow_patterns=patterns, **download)
+        state: dict[str, Tensor] = {}
+        for file in sorted(Path(model_id).glob("model*.safetensors")):
+            state |= load_file(file, device=map_location)
+        with torch.device("meta"):
+            model = cls(config)
+        model.load_state_dict(state, strict=strict, assign=True)
+        return model.eval()
 
 
 @torch.no_grad()

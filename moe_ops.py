@@ -1,8 +1,9 @@
 """How tokens meet stacked expert weights: sort by expert, matmul by expert, un-sort and combine.
 
 In order: `sort_by_expert` (the plan of one dispatch), the CPU path (a loop over the experts'
-segments, fused by hand), the GPU path (grouped matmuls and gathers), and `swiglu_experts`, the
-whole routed layer and the only place that chooses between the two.
+segments, fused by hand), the GPU path (grouped matmuls and gathers), `swiglu_experts`, the
+whole routed layer and the only place that chooses between the two, and `gelu_experts`, the layer
+for upcycled dense networks, grouped on every device.
 
 Shapes: M tokens, K experts per token, R = M*K routed rows, E experts, D hidden, F expert hidden.
 On a GPU every shape is static and no tensor's value is read on the host (in bfloat16; torch's own
@@ -455,6 +456,46 @@ def swiglu_experts(
             x, gate_up_proj, down_proj, expert_weights, plan.order, plan.offsets, keep_hidden
         )[0]
     return swiglu_grouped(x, gate_up_proj, down_proj, expert_weights, plan)
+
+
+def gelu_experts(
+    x: Tensor,
+    up_proj: Tensor,
+    up_bias: Tensor,
+    down_proj: Tensor,
+    down_bias: Tensor,
+    expert_indices: Tensor,
+    expert_weights: Tensor,
+) -> Tensor:
+    """Do what `swiglu_experts` does for experts with biases and a GELU.
+
+    The biases come in by matmuls with the (row, expert) membership, whose gradients, unlike a
+    gather's, are sums in a fixed order.
+
+    Args:
+        x: (M, D) tokens; its dtype is the one computed in.
+        up_proj: (E, F, D), up_bias: (E, F), down_proj: (E, D, F), down_bias: (E, D), in any dtype.
+        expert_indices: (M, K) int64, in [0, E).
+        expert_weights: (M, K), in any dtype.
+
+    Returns:
+        (M, D): sum_k weight_k * (down(gelu(up(x) + up_bias)) + down_bias) of expert k, the GELU
+        being the tanh approximation.
+    """
+    num_experts, k = up_proj.shape[0], expert_indices.shape[1]
+    plan = sort_by_expert(expert_indices, num_experts)
+    weights = (up_proj, up_bias, down_proj, down_bias, expert_weights)
+    up_proj, up_bias, down_proj, down_bias, expert_weights = (w.to(x.dtype) for w in weights)
+    row_experts = expert_indices.flatten().index_select(0, plan.order)
+    row_weights = expert_weights.flatten().index_select(0, plan.order)[:, None]
+    is_expert = F.one_hot(row_experts, num_experts).to(x.dtype)  # (R, E)
+    rows = _Dispatch.apply(x, plan.order, plan.inverse, k)  # (R, D)
+    hidden = grouped_linear(rows, up_proj, plan.offsets) + is_expert @ up_bias  # (R, F)
+    hidden = F.gelu(hidden, approximate="tanh") * row_weights
+    out_rows = (
+        grouped_linear(hidden, down_proj, plan.offsets) + (is_expert * row_weights) @ down_bias
+    )
+    return _Combine.apply(out_rows, plan.order, plan.inverse, k)
 
 
 def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

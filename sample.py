@@ -2,6 +2,7 @@
 
     python sample.py --ckpt results/DiT-Ti-1-rf-digits
     python sample.py --model DiT-XL/2 --ckpt dit_moe_xl_8E2A.pt --vae-path V --cfg-scale 1.5
+    python sample.py --ckpt G-16E2A --vae-path V --quantize int8  # or --offload disk
 
 Our checkpoints say everything about the model, the objective and the data; for published files the
 flags do.
@@ -14,11 +15,12 @@ from pathlib import Path
 import torch
 
 import runtime
-from checkpoint import find_objective, load_model, load_settings
 from data import load_vae, save_grid
 from diffusion import create_diffusion
 from flags import FlagParser, flag, number, sampling_flags, sampling_options
 from models import DiT_models, DiTConfig
+from offload import load_for_sampling
+from weights import find_objective, load_settings
 
 IMAGENET_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]  # DiT's own picture
 
@@ -42,6 +44,8 @@ def build_parser() -> FlagParser:
     model.add("--rf", default=None, **flag, help="objective of a published file; ours tell")
     model.add("--ema", default=True, **flag, help="averaged weights")
     model.add("--dtype", choices=list(runtime.DTYPES), help="of the weights; default: by hardware")
+    model.add("--quantize", choices=["int8"], help="weights of the experts (needs torchao)")
+    model.add("--offload", choices=["cpu", "disk"], help="where blocks wait for their turn")
 
     sampling_flags(parser)
     return parser
@@ -101,8 +105,14 @@ def main(args: argparse.Namespace) -> None:
     device = runtime.pick_device()
     try:
         settings = load_settings(args.ckpt)
-        dtype = runtime.pick_dtype(args.dtype, device)
-        model = load_model(args.ckpt, ema=args.ema, dtype=dtype, device=device)
+        model = load_for_sampling(
+            args.ckpt,
+            ema=args.ema,
+            dtype=runtime.pick_dtype(args.dtype, device),
+            device=device,
+            quantize=args.quantize,
+            offload=args.offload,
+        )
         config = model.config
         objective = find_objective(settings, config, args.rf)
         diffusion = create_diffusion(objective, learn_sigma=config.learn_sigma)

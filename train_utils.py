@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import runtime
-from checkpoint import latest_checkpoint, stream_weights
+from checkpoint import latest_checkpoint
 from data import (
     VAE,
     FolderImages,
@@ -29,8 +29,10 @@ from data import (
 )
 from diffusion import Diffusion, create_diffusion
 from flags import FlagParser, flag, number
-from models import DiT, DiT_models, initialize_parameter
+from layouts import to_ours
+from models import DiT, DiT_models, DiTConfig, initialize_parameter
 from runtime import Runtime
+from weights import open_weights
 
 # Flags that a run may change on its way, but then it is not the run that it would have been.
 COURSE = (
@@ -201,13 +203,19 @@ def prepare(args: argparse.Namespace, *, meta: bool = False) -> Job:
 def build_model(args: argparse.Namespace, latent_channels: int, downsample: int) -> DiT:
     """Build the model that the flags describe, on the meta device: see `initial_weights`.
 
+    What flags leave open about the MLPs is as in the file of `--init-from`, if given.
+
     Raises:
-        ValueError: if a size does not fit.
+        ValueError: if a size does not fit, or the initial weights are of another model.
     """
     if args.image_size % downsample:
         raise ValueError(f"--image-size {args.image_size} is not a multiple of {downsample}")
     optional = ("num_experts", "num_experts_per_tok", "num_shared_experts", "mlp_ratio", "qk_norm")
     overrides = {name: value for name in optional if (value := getattr(args, name)) is not None}
+    initial = open_weights(args.init_from).config if args.init_from else None
+    if initial is not None:
+        fields = (*optional, "mlp_type", "norm_topk_prob")
+        overrides = {name: getattr(initial, name) for name in fields} | overrides
     with torch.device("meta"):
         model = DiT_models[args.model](
             input_size=args.image_size // downsample,
@@ -219,7 +227,25 @@ def build_model(args: argparse.Namespace, latent_channels: int, downsample: int)
     model.grad_checkpointing = args.grad_checkpointing
     if args.flash_attn:
         model.use_flash_attn()
+    if initial is not None:
+        check_same_shapes(args, model.config, initial)
     return model
+
+
+def check_same_shapes(args: argparse.Namespace, config: DiTConfig, initial: DiTConfig) -> None:
+    """Compare the model that the flags describe with that of `--init-from`.
+
+    Raises:
+        ValueError: naming the first field that differs in more than what is computed.
+    """
+    free = ("class_dropout_prob", "num_experts_per_tok")
+    ours, given = config.to_dict(), initial.to_dict()
+    for name in sorted(set(ours) - set(free)):
+        if ours[name] != given[name]:
+            raise ValueError(
+                f"--init-from {args.init_from} has {name} {given[name]}, this run {ours[name]}: "
+                f"choose --model (now {args.model}), the data and the MoE flags as it has them"
+            )
 
 
 def compile_blocks(model: DiT) -> None:
@@ -251,7 +277,7 @@ def initial_weights(
             yield name, value
         return
     missing = set(shapes)
-    for name, value in stream_weights(args.init_from):
+    for name, value in to_ours(open_weights(args.init_from).state):
         if shapes.get(name) != value.shape:
             wanted = tuple(shapes[name]) if name in shapes else "no such tensor"
             raise ValueError(

@@ -18,14 +18,13 @@ from checkpoint import (
     checkpoint_path,
     latest_checkpoint,
     load_checkpoint,
-    load_model,
-    load_settings,
     prune_checkpoints,
     save_checkpoint,
     save_safetensors,
 )
 from layouts import to_published
 from models import DiT, DiTConfig
+from weights import load_model, load_settings
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = DiTConfig(

@@ -24,11 +24,12 @@ from torch.testing import assert_close
 
 import zero
 from checkpoint import build_parser as build_export_parser
-from checkpoint import export, latest_checkpoint, load_checkpoint, load_model, main
+from checkpoint import latest_checkpoint, load_checkpoint, main
 from memory import GIB
 from sharded import ShardedCheckpoint
 from train_loop import draw_grid
 from train_utils import build_parser, prepare
+from weights import load_model
 
 CKPT_EVERY, MAX_STEPS = 3, 9
 RUN = (*TINY_RUN, "--ckpt-every", str(CKPT_EVERY), "--log-every", "1")
@@ -130,7 +131,8 @@ def test_the_last_checkpoints_are_kept_and_latest_names_the_last(undisturbed: Pa
 def test_an_exported_file_draws_the_picture_of_the_runs_own_ema(
     undisturbed: Path, tmp_path: Path
 ) -> None:
-    export(undisturbed, tmp_path / "ema.safetensors", ema=True)
+    out = str(tmp_path / "ema.safetensors")
+    main(build_export_parser().parse_args(["export", str(undisturbed), out, "--ema"]))
     model = load_model(tmp_path / "ema.safetensors")
     job = prepare(build_parser(None).parse_args([*FULL_RUN, "--results-dir", str(tmp_path)]))
     ours = Image.open(draw_grid(model, job, MAX_STEPS))

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.testing import assert_close
 
 import runtime
-from checkpoint import checkpoint_path, load_model, save_safetensors
+from checkpoint import checkpoint_path, save_safetensors
 from models import DiT_models
 from routing import LoadCounter
 from train import DdpTrainer
@@ -29,6 +29,7 @@ from train_utils import (
     prepare,
     resolve_batch,
 )
+from weights import load_model
 
 DEPTH, NUM_EXPERTS = 4, 4  # of TINY_RUN
 
@@ -135,7 +136,7 @@ def test_a_fresh_run_starts_from_the_weights_of_init_from(tmp_path: Path) -> Non
     save_safetensors(tmp_path / "w.safetensors", source.state_dict(), source.config, {})
     started = tiny_job(tmp_path, "--init-from", str(tmp_path / "w.safetensors")).model
     assert_close(started.state_dict(), source.state_dict(), rtol=0, atol=0)
-    with pytest.raises(ValueError, match=r"(?s)--init-from .*w\.safetensors: .* has shape"):
+    with pytest.raises(ValueError, match=r"--init-from .*w\.safetensors has num_experts 4"):
         tiny_job(tmp_path, "--init-from", str(tmp_path / "w.safetensors"), "--num-experts", "2")
 
 

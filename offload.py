@@ -1,0 +1,210 @@
+"""Models larger than the memory: experts in int8, or blocks that come when it is their turn.
+
+In this order: `load_for_sampling`, which chooses, `Int8Experts`, and `BlockStream`. All read the
+weights a block at a time, whatever their layout (see `layouts.by_block`).
+"""
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from layouts import by_block
+from models import DiT
+from moe_ops import sort_by_expert, sum_rows
+from weights import Weights, add_pos_embed, load_model, open_weights, place
+
+Block = tuple[int, dict[str, Tensor]]  # its number, and its tensors without `blocks.i.`
+
+
+def load_for_sampling(
+    path: str | Path,
+    *,
+    ema: bool = True,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    quantize: str | None = None,
+    offload: str | None = None,
+) -> DiT:
+    """Load a model that is never trained, in eval mode.
+
+    Args:
+        path, ema, dtype, device: as in `load_model`.
+        quantize: "int8" stores the experts' weights so, one scale per output row, and the rest
+            in `dtype`; arithmetic stays in `dtype`.
+        offload: "cpu" keeps the blocks in memory and brings each to the GPU for its forward,
+            "disk" leaves them in the file.
+
+    Raises:
+        ValueError: as `load_model`, or for options that do not fit the model or the machine.
+    """
+    if quantize is None and offload is None:
+        return load_model(path, ema=ema, dtype=dtype, device=device)
+    if quantize and offload:
+        raise ValueError(f"--quantize {quantize} and --offload {offload} exclude each other")
+    if offload == "cpu" and torch.device(device).type == "cpu":
+        raise ValueError("--offload cpu needs a GPU: here weights are on the CPU anyway; use disk")
+    weights = open_weights(path, ema=ema)
+    if quantize and weights.config.num_experts == 0:
+        raise ValueError(f"--quantize {quantize} is for experts, and {path} is a dense model")
+    with torch.device("meta"):
+        model = DiT(weights.config).eval().requires_grad_(False)
+    _load_outside(model, weights, dtype, device)
+    if offload:
+        BlockStream(model, _endless(weights, offload, dtype, device), device)
+        return model
+    for index, tensors in _blocks(weights):
+        block: Any = model.blocks[index]
+        placed = {name: place(name, t, device, dtype) for name, t in tensors.items()}
+        block.load_state_dict(placed, assign=True)
+        block.moe.experts = Int8Experts(block.moe.experts)
+    return model
+
+
+def _load_outside(
+    model: DiT, weights: Weights, dtype: torch.dtype | None, device: str | torch.device
+) -> None:
+    """Load what is in no block."""
+    _, tensors = next(by_block(weights.state))
+    add_pos_embed(tensors, weights.config)
+    placed = {name: place(name, t, device, dtype, copy=True) for name, t in tensors.items()}
+    unexpected = model.load_state_dict(placed, strict=False, assign=True).unexpected_keys
+    absent = [n for n, p in model.named_parameters() if p.is_meta and not n.startswith("blocks.")]
+    if unexpected or absent:
+        raise ValueError(f"weights of another model: unknown {unexpected}, missing {absent}")
+
+
+def _blocks(weights: Weights) -> Iterator[Block]:
+    """Yield the blocks in order; their tensors are mapped from the file."""
+    for index, tensors in by_block(weights.state):
+        if index is not None:
+            yield index, _strip(tensors, index)
+
+
+def _strip(tensors: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
+    return {name.removeprefix(f"blocks.{index}."): tensor for name, tensor in tensors.items()}
+
+
+# ------------------------------------------------------------------------------ int8
+
+
+class Int8Experts(nn.Module):
+    """E experts with int8 weights, run one after the other; in place of `Experts`.
+
+    Source: torchao's Int8WeightOnlyConfig, symmetric, one scale per output row.
+    """
+
+    def __init__(self, experts: nn.Module) -> None:
+        """Quantize `Experts` or `GeluExperts`, on their device.
+
+        Raises:
+            ValueError: torchao is not installed.
+        """
+        super().__init__()
+        try:
+            from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        except ImportError:
+            raise ValueError("--quantize int8 needs torchao: pip install torchao") from None
+        weights = dict(experts.named_parameters())
+        self.is_gelu = "up_bias" in weights
+        up = weights["up_proj" if self.is_gelu else "gate_up_proj"]
+        self.up = _linears(up, weights.get("up_bias"))
+        self.down = _linears(weights["down_proj"], weights.get("down_bias"))
+        self.dtype = up.dtype
+        quantize_(self, Int8WeightOnlyConfig())
+
+    def forward(self, x: Tensor, expert_indices: Tensor, expert_weights: Tensor) -> Tensor:
+        """Send (M, D) tokens through their (M, K) experts; returns the (M, D) weighted sum."""
+        x, k = x.to(self.dtype), expert_indices.shape[1]
+        plan = sort_by_expert(expert_indices, len(self.up))
+        rows = x.index_select(0, plan.order // k)  # (R, D)
+        row_weights = expert_weights.to(x.dtype).flatten().index_select(0, plan.order)[:, None]
+        segments = rows.tensor_split(plan.offsets.tolist()[:-1])
+        experts = zip(self.up, self.down, segments, strict=True)
+        out = [down(self._activate(up(part))) for up, down, part in experts if len(part)]
+        return sum_rows(torch.cat(out) * row_weights, plan.inverse, k)
+
+    def _activate(self, hidden: Tensor) -> Tensor:
+        if self.is_gelu:
+            return F.gelu(hidden, approximate="tanh")
+        gate, up = hidden.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+
+def _linears(weights: Tensor, biases: Tensor | None) -> nn.ModuleList:
+    """Return a linear map for each of (E, O, I) weights and (E, O) biases, without a copy."""
+    linears = nn.ModuleList()
+    for expert, weight in enumerate(weights):
+        width_out, width_in = weight.shape
+        linear = nn.Linear(width_in, width_out, bias=biases is not None, device="meta")
+        state = {"weight": weight} if biases is None else {"weight": weight, "bias": biases[expert]}
+        linear.load_state_dict(state, assign=True)
+        linears.append(linear.requires_grad_(False))
+    return linears
+
+
+# ------------------------------------------------------------------------------ streaming
+
+
+class BlockStream:
+    """Gives each block its weights for the time of its forward, and reads the next ones meanwhile.
+
+    At most two blocks are in memory: the one that runs and the one that is being read. The model
+    must be called as a whole, so that its blocks run in order.
+    """
+
+    def __init__(self, model: DiT, blocks: Iterator[Block], device: str | torch.device) -> None:
+        """Hook into a model.
+
+        Args:
+            model: whose blocks have no weights.
+            blocks: all blocks in order, over and over, their tensors on the device.
+            device: of the computation.
+        """
+        self.blocks, self.device = blocks, torch.device(device)
+        self.copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.reader = ThreadPoolExecutor(1, thread_name_prefix="blocks")
+        self.coming: Future[Block] = self.reader.submit(self._read)
+        for index, block in enumerate(model.blocks):
+            block.register_forward_pre_hook(partial(self._enter, index))
+            block.register_forward_hook(self._leave)
+
+    def _read(self) -> Block:
+        """Read the next block; on a GPU beside the computation, in a stream of its own."""
+        with torch.cuda.stream(self.copies):
+            block = next(self.blocks)
+            if self.copies is not None:
+                self.copies.synchronize()
+        return block
+
+    def _enter(self, index: int, block: nn.Module, _inputs: Any) -> None:
+        found, tensors = self.coming.result()
+        assert found == index, f"block {index} runs, block {found} was read"
+        self.coming = self.reader.submit(self._read)
+        block.load_state_dict(tensors, assign=True)
+        if self.copies is not None:
+            for tensor in tensors.values():  # else their memory is reused while still in use
+                tensor.record_stream(torch.cuda.current_stream(self.device))
+
+    def _leave(self, block: nn.Module, _inputs: Any, _output: Any) -> None:
+        block.to("meta")
+
+
+def _endless(
+    weights: Weights, offload: str, dtype: torch.dtype | None, device: str | torch.device
+) -> Iterator[Block]:
+    """Yield all blocks over and over, copied to the device."""
+    waiting: list[Block] = []
+    if offload == "cpu":
+        for index, tensors in _blocks(weights):
+            pinned = {n: place(n, t, "cpu", dtype).pin_memory() for n, t in tensors.items()}
+            waiting.append((index, pinned))
+    while True:
+        for index, tensors in waiting or _blocks(weights):
+            placed = {n: place(n, t, device, dtype, copy=True) for n, t in tensors.items()}
+            yield index, placed

@@ -1,0 +1,247 @@
+"""Layouts convert into each other without a loss; a pipeline folder draws what sample.py does."""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import checkpoint
+import sample
+from checkpoint import save_safetensors
+from layouts import to_ours, to_published
+from models import DiT, DiT_models, DiTConfig
+from weights import load_model, load_settings, open_weights
+
+GOLDEN = Path(__file__).parent / "golden"
+TINY = DiTConfig(
+    input_size=8, in_channels=1, hidden_size=32, depth=2, num_heads=2, num_classes=3,
+    num_experts=4, qk_norm=True, patch_size=2,
+)  # fmt: skip
+SETTINGS = {"objective": "rf", "vae_path": "none", "class_names": ["a", "b", "c"]}
+
+
+def random_model(config: DiTConfig = TINY) -> DiT:
+    torch.manual_seed(0)
+    model = DiT(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def same(found: Any, expected: Any) -> None:
+    torch.testing.assert_close(dict(found), dict(expected), rtol=0, atol=0)
+
+
+def run(*arguments: object) -> None:
+    """Run `python checkpoint.py ARGUMENTS` in this process."""
+    checkpoint.main(checkpoint.build_parser().parse_args([str(a) for a in arguments]))
+
+
+def saved(folder: Path) -> Path:
+    model = random_model()
+    save_safetensors(folder / "ours.safetensors", model.state_dict(), TINY, SETTINGS)
+    return folder / "ours.safetensors"
+
+
+# ---------------------------------------------------------------- layouts
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [("ddpm_timm_attn_4E2A", "qkv"), ("rf_flash_attn_qknorm_4E2A", "Wqkv"), ("dense_dit", "qkv")],
+)
+def test_published_to_ours_to_published_is_the_identity_for_golden_files(
+    tmp_path: Path, name: str, attention: str
+) -> None:
+    published = torch.load(GOLDEN / f"{name}.pt", weights_only=True)["state_dict"]
+    heads = torch.load(GOLDEN / f"{name}.pt", weights_only=True)["config"]["num_heads"]
+    torch.save(published, tmp_path / "published.pt")
+    run("convert", tmp_path / "published.pt", tmp_path / "ours", "--num-heads", heads)
+    run("convert", tmp_path / "ours", tmp_path / "back.pt", "--attention", attention)
+    back = torch.load(tmp_path / "back.pt", weights_only=True)
+    same(back.get("ema", back), published)
+    assert ("ema" in back) == (name == "ddpm_timm_attn_4E2A")  # as the S and B files
+
+
+def test_the_two_attention_spellings_and_all_our_formats_hold_the_same_weights(
+    tmp_path: Path,
+) -> None:
+    chain = [saved(tmp_path)]
+    for name in ("x.pt", "folder", "y.pt", "z.safetensors"):
+        flags = ("--attention", "qkv") if name == "y.pt" else ()
+        run("convert", chain[-1], tmp_path / name, *flags)
+        chain.append(tmp_path / name)
+    expected = random_model().state_dict()
+    for path in chain:
+        same(load_model(path, config=TINY).state_dict(), expected)
+    run("convert", chain[0], tmp_path / "direct")
+    assert load_settings(tmp_path / "direct") == SETTINGS
+
+
+@pytest.mark.slow
+def test_published_to_ours_to_published_is_the_identity_for_s_2_8e2a_at_full_size() -> None:
+    torch.manual_seed(0)
+    published = dict(to_published(DiT_models["DiT-S/2"]().state_dict(), flash_attention=False))
+    assert sum(tensor.numel() for tensor in published.values()) == 199_307_552
+    ours = dict(to_ours(published))
+    assert len(ours) < len(published)
+    same(to_published(ours, flash_attention=False), published)
+
+
+def test_a_published_train_checkpoint_with_a_namespace_converts_without_running_code(
+    tmp_path: Path,
+) -> None:
+    model = random_model()
+    state = dict(to_published(model.state_dict(), flash_attention=False))
+    args = argparse.Namespace(model="DiT-S/2", num_experts_per_tok=2)
+    content = {"model": {"module." + n: t for n, t in state.items()}, "ema": state, "opt": {}}
+    torch.save({**content, "args": args}, tmp_path / "train.pt")
+    run("convert", tmp_path / "train.pt", tmp_path / "ours")
+    same(load_model(tmp_path / "ours").state_dict(), model.state_dict())
+
+
+def test_conversion_casts_but_keeps_the_router_in_float32(tmp_path: Path) -> None:
+    run("convert", saved(tmp_path), tmp_path / "half", "--dtype", "float16")
+    dtypes = {n: t.dtype for n, t in load_model(tmp_path / "half").state_dict().items()}
+    assert dtypes["blocks.0.moe.router.weight"] == torch.float32
+    assert dtypes["blocks.0.moe.experts.down_proj"] == torch.float16
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors", "x"])
+def test_nothing_is_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    source = saved(tmp_path)
+    (tmp_path / name).touch()
+    with pytest.raises(SystemExit, match=f"{name} exists already"):
+        run("convert", source, tmp_path / name)
+
+
+def test_what_the_published_code_cannot_compute_is_refused(tmp_path: Path) -> None:
+    config = DiTConfig.from_dict({**TINY.to_dict(), "mlp_type": "gelu", "norm_topk_prob": True})
+    save_safetensors(tmp_path / "x.safetensors", random_model(config).state_dict(), config, {})
+    with pytest.raises(SystemExit, match=r"mlp_type='gelu', norm_topk_prob=True"):
+        run("convert", tmp_path / "x.safetensors", tmp_path / "x.pt")
+
+
+# ---------------------------------------------------------------- huggingface_hub
+
+
+@pytest.mark.parametrize("mlp_type", ["swiglu", "gelu"])
+def test_save_pretrained_and_from_pretrained_are_inverse(tmp_path: Path, mlp_type: str) -> None:
+    config = DiTConfig.from_dict({**TINY.to_dict(), "mlp_type": mlp_type})
+    model = random_model(config)
+    model.save_pretrained(tmp_path / "hub")
+    for loaded in (DiT.from_pretrained(tmp_path / "hub"), load_model(tmp_path / "hub")):
+        assert loaded.config == config and not loaded.training
+        assert not loaded.pos_embed.requires_grad
+        same(loaded.state_dict(), model.state_dict())
+
+
+def test_from_pretrained_reads_a_sharded_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hub.SHARD_BYTES", 30_000)
+    run("convert", saved(tmp_path), tmp_path / "folder")
+    assert (tmp_path / "folder" / "model.safetensors.index.json").is_file()
+    loaded = DiT.from_pretrained(tmp_path / "folder")
+    same(loaded.state_dict(), random_model().state_dict())
+
+
+def test_push_to_hub_uploads_what_save_pretrained_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    uploaded: dict[str, Any] = {}
+
+    def upload_folder(_self: Any, *, folder_path: Path, **_: Any) -> str:
+        uploaded["names"] = sorted(file.name for file in Path(folder_path).iterdir())
+        return "commit"
+
+    created: Any = argparse.Namespace(repo_id="me/tiny")
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi.create_repo", lambda *_, **__: created)
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi.upload_folder", upload_folder)
+    assert random_model().push_to_hub("me/tiny") == "commit"
+    assert {"config.json", "model.safetensors"} <= set(uploaded["names"])
+
+
+# ---------------------------------------------------------------- diffusers
+
+DRAW = """
+import sys, torch
+from diffusers import DiffusionPipeline
+assert "models" not in sys.modules
+torch.set_num_threads(1)
+for folder in sys.argv[1:]:
+    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    options = dict(num_inference_steps=3, guidance_scale=2.0, seed=7)
+    torch.save(pipe([0, 1, 2, "a"], output_type="pt", **options).images, folder + ".pt")
+    pipe(["a"], num_inference_steps=1).images[0].save(folder + ".png")
+"""
+
+
+def draw_by_pipelines(folders: list[Path], home: Path) -> list[Tensor]:
+    """Draw in a process that knows nothing of this repository."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-I", "-c", DRAW, *map(str, folders)]
+    subprocess.run(command, check=True, cwd=home, env=environment)
+    return [torch.load(f"{folder}.pt", weights_only=True) for folder in folders]
+
+
+def tiny_vae(folder: Path) -> Path:
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae: Any = AutoencoderKL(
+        in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(8,) * 4,
+        layers_per_block=1, latent_channels=4, norm_num_groups=8, sample_size=64,
+    )  # fmt: skip
+    vae.save_pretrained(folder)
+    return folder
+
+
+def draw_by_sample(source: Path, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """Return the images that sample.py puts in its grid."""
+    grids: list[Tensor] = []
+    monkeypatch.setattr(sample, "save_grid", lambda images, *_, **__: grids.append(images))
+    flags = ["--dtype", "float32", "--num-sampling-steps", "3", "--cfg-scale", "2", "--seed", "7"]
+    labels = ["--labels", "0", "1", "2", "a", "--num-per-class", "1"]
+    sample.main(sample.build_parser().parse_args(["--ckpt", str(source), *flags, *labels]))
+    return grids[0]
+
+
+def pixels(images: Tensor) -> Tensor:
+    return (images * 127.5 + 127.5).round().byte()
+
+
+def test_pipeline_folders_draw_the_same_pixels_as_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders, expected = [], []
+    for vae_path, channels in (("none", 1), (str(tiny_vae(tmp_path / "vae")), 4)):
+        config = DiTConfig.from_dict({**TINY.to_dict(), "in_channels": channels})
+        source = tmp_path / f"{channels}.safetensors"
+        settings = {**SETTINGS, "vae_path": vae_path}
+        save_safetensors(source, random_model(config).state_dict(), config, settings)
+        run("convert", source, tmp_path / f"pipeline{channels}", "--pipeline")
+        folders.append(tmp_path / f"pipeline{channels}")
+        expected.append(draw_by_sample(source, monkeypatch))
+    for images, grid, folder in zip(
+        draw_by_pipelines(folders, tmp_path), expected, folders, strict=True
+    ):
+        assert torch.equal(pixels(images), pixels(grid))
+        assert (images - grid).abs().max() < 1e-5
+        assert images.amax() - images.amin() > 0.1
+        assert Image.open(f"{folder}.png").size == images.shape[:1:-1]
+
+
+def test_weights_of_a_pipeline_folder_load_as_ours(tmp_path: Path) -> None:
+    run("convert", saved(tmp_path), tmp_path / "pipeline", "--pipeline")
+    same(load_model(tmp_path / "pipeline").state_dict(), random_model().state_dict())
+    assert open_weights(tmp_path / "pipeline").settings == SETTINGS

@@ -1,0 +1,205 @@
+"""Models that are quantized or streamed sample as the whole model does; half precision is safe."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import models
+import moe_ops
+import sample
+from checkpoint import save_safetensors
+from diffusion import create_diffusion
+from hub import save_folder
+from layouts import by_block, to_published
+from models import DiT, DiTConfig
+from offload import Int8Experts, load_for_sampling
+from weights import load_model
+
+TINY = DiTConfig(
+    input_size=8, hidden_size=64, depth=3, num_heads=2, num_classes=3, num_experts=4, qk_norm=True
+)
+
+
+def random_model(config: DiTConfig = TINY, std: float = 0.1) -> DiT:
+    torch.manual_seed(0)
+    model = DiT(config).eval()
+    for name, parameter in model.named_parameters():
+        if name != "pos_embed":
+            nn.init.normal_(parameter, std=std)
+    return model
+
+
+def moe(model: DiT, block: int = 0) -> Any:
+    return model.get_submodule(f"blocks.{block}.moe")
+
+
+def draw(model: nn.Module, num_steps: int = 3, **options: Any) -> Tensor:
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    options = {"cfg_scale": 2.0, "null_label": 3, **options}
+    return create_diffusion("rf").sample(
+        model, noise, torch.tensor([0, 2]), num_steps=num_steps, **options
+    )
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def save(model: DiT, folder: Path, layout: str) -> Path:
+    if layout == "folder":
+        groups = (tensors for _, tensors in by_block(model.state_dict()))
+        save_folder(folder / "model", groups, model.config, {"objective": "rf"})
+        return folder / "model"
+    if layout == "safetensors":
+        save_safetensors(folder / "model.safetensors", model.state_dict(), model.config, {})
+        return folder / "model.safetensors"
+    torch.save(dict(to_published(model.state_dict(), flash_attention=True)), folder / "model.pt")
+    return folder / "model.pt"
+
+
+@pytest.mark.parametrize("layout", ["folder", "safetensors", "published"])
+def test_blocks_streamed_from_disk_sample_the_same_bits(tmp_path: Path, layout: str) -> None:
+    model = random_model()
+    path = save(model, tmp_path, layout)
+    streamed = load_for_sampling(path, offload="disk")
+    assert all(p.is_meta for p in streamed.blocks.parameters())
+    assert torch.equal(draw(streamed), draw(model))
+    assert all(p.is_meta for p in streamed.blocks.parameters())
+
+
+def test_streamed_blocks_take_the_dtype_asked_for(tmp_path: Path) -> None:
+    path = save(random_model(), tmp_path, "folder")
+    whole = load_model(path, dtype=torch.bfloat16)
+    streamed = load_for_sampling(path, dtype=torch.bfloat16, offload="disk")
+    assert torch.equal(draw(streamed), draw(whole))
+
+
+@pytest.mark.parametrize("mlp_type", ["swiglu", "gelu"])
+def test_int8_experts_are_near_bfloat16_and_a_quarter_of_float32(
+    tmp_path: Path, mlp_type: str
+) -> None:
+    pytest.importorskip("torchao")
+    model = random_model(DiTConfig.from_dict({**TINY.to_dict(), "mlp_type": mlp_type}))
+    path = save(model, tmp_path, "folder")
+    expected = draw(load_model(path, dtype=torch.float32))
+    exact = load_for_sampling(path, dtype=torch.float32, quantize="int8")
+    half = load_for_sampling(path, dtype=torch.bfloat16, quantize="int8")
+    assert isinstance(moe(exact, 2).experts, Int8Experts)
+    assert relative_error(draw(exact), expected) < 0.02
+    assert relative_error(draw(half), draw(load_model(path, dtype=torch.bfloat16))) < 0.03
+    stored: Any = moe(exact).experts.up[3].weight.qdata
+    assert stored.dtype == torch.int8
+
+
+def test_options_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    path = save(random_model(), tmp_path, "safetensors")
+    with pytest.raises(ValueError, match="--quantize int8 and --offload disk exclude each other"):
+        load_for_sampling(path, quantize="int8", offload="disk")
+    with pytest.raises(ValueError, match="--offload cpu needs a GPU"):
+        load_for_sampling(path, offload="cpu")
+    dense = random_model(DiTConfig.from_dict({**TINY.to_dict(), "num_experts": 0}))
+    with pytest.raises(ValueError, match="dense model"):
+        load_for_sampling(save(dense, tmp_path, "folder"), quantize="int8")
+
+
+@pytest.mark.parametrize("flags", [("--offload", "disk"), ("--quantize", "int8")])
+def test_sample_draws_from_a_sharded_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
+) -> None:
+    if "int8" in flags:
+        pytest.importorskip("torchao")
+    monkeypatch.setattr("hub.SHARD_BYTES", 100_000)
+    config = DiTConfig.from_dict({**TINY.to_dict(), "in_channels": 1})
+    path = save(random_model(config), tmp_path, "folder")
+    assert len(list(path.glob("*.safetensors"))) > 2
+    given = ["--ckpt", str(path), "--out", str(tmp_path / "grid.png"), "--vae-path", "none"]
+    sample.main(sample.build_parser().parse_args([*given, *flags, "--num-sampling-steps", "2"]))
+    assert (tmp_path / "grid.png").stat().st_size > 100
+
+
+# ---------------------------------------------------------------- float16
+
+
+class RoundsToFloat16(TorchDispatchMode):
+    """Runs operators on float16 tensors in float32 and rounds their results to float16.
+
+    What torch would promote to float32, and casts, stay as they are.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        dtypes = {leaf.dtype for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        is_cast = func is torch.ops.aten._to_copy.default
+        is_view = any(result.alias_info for result in func._schema.returns)
+        if is_cast or is_view or torch.float16 not in dtypes or torch.float32 in dtypes:
+            return func(*args, **kwargs)
+        args, kwargs = tree_map_only(Tensor, widen, (args, kwargs))
+        return tree_map_only(Tensor, narrow, func(*args, **kwargs))
+
+
+def widen(value: Tensor) -> Tensor:
+    return value.float() if value.dtype == torch.float16 else value
+
+
+def narrow(value: Tensor) -> Tensor:
+    return value.half() if value.dtype == torch.float32 else value
+
+
+def test_a_deep_model_in_real_float16_has_no_nan_over_50_steps() -> None:
+    fields = {"depth": 28, "hidden_size": 16, "patch_size": 4, "num_experts": 2}
+    model = random_model(DiTConfig.from_dict({**TINY.to_dict(), **fields}), std=0.15)
+    expected = draw(model, num_steps=50, cfg_scale=1.0)
+    found = draw(model.half(), num_steps=50, cfg_scale=1.0)
+    assert found.dtype == torch.float32 and found.isfinite().all()
+    assert relative_error(found, expected) < 0.05
+
+
+def grouped(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """Route by single operators, so that each is rounded."""
+    plan = moe_ops.sort_by_expert(indices, len(gate_up))
+    return moe_ops.swiglu_grouped(x, gate_up, down, weights.to(x.dtype), plan)
+
+
+def dense(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, down)
+
+
+@pytest.fixture
+def single_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "swiglu_experts", grouped)
+    monkeypatch.setattr(models, "swiglu", dense)
+
+
+@pytest.mark.usefixtures("single_operators")
+def test_rounding_every_operator_to_float16_is_near_float32() -> None:
+    model = random_model()
+    expected = draw(model)
+    seen = []
+    hook = model.blocks[0].register_forward_hook(lambda _m, _i, out: seen.append(out[0].dtype))
+    with RoundsToFloat16():
+        found = draw(model.half())
+    hook.remove()
+    assert set(seen) == {torch.float32}  # the residual stream
+    assert 0 < relative_error(found, expected) < 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("single_operators")
+def test_an_xl_shaped_model_rounded_to_float16_has_no_nan_over_50_steps() -> None:
+    """XL/2 with QK norm, on 8x8 latents; 28 blocks share their weights to fit in memory."""
+    fields = {**TINY.to_dict(), **models.SIZES["XL"], "depth": 1, "num_experts": 2}
+    model = random_model(DiTConfig.from_dict(fields), std=0.02)
+    nn.init.normal_(model.blocks[0].get_parameter("adaLN_modulation.1.bias"), std=0.5)
+    model.blocks = nn.ModuleList([model.blocks[0]] * 28)
+    expected = draw(model, num_steps=50, cfg_scale=1.0)
+    with RoundsToFloat16():
+        found = draw(model.half(), num_steps=50, cfg_scale=1.0)
+    assert found.isfinite().all()
+    assert relative_error(found, expected) < 0.05
