@@ -38,7 +38,7 @@ from hub import save_folder
 from layouts import by_block
 from models import DiTBlock, DiTConfig
 from runtime import DTYPES
-from weights import Weights, add_pos_embed, open_weights, place
+from weights import Weights, add_pos_embed, open_weights, page_out, place
 
 
 def build_parser() -> FlagParser:
@@ -371,6 +371,7 @@ def upcycle(weights: Weights, args: argparse.Namespace) -> tuple[DiTConfig, list
                 tokens = torch.randn(args.check_tokens, config.hidden_size, generator=generator)
                 difference = mlp_difference(old, weights.config, new, config, tokens)
                 differences.append(difference)
+            page_out(old.values())
             bar.update()
             yield {prefix + name: tensor for name, tensor in new.items()}
 

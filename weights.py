@@ -1,13 +1,16 @@
 """Weights of every layout: opened without reading them, or loaded as a model.
 
 1. `open_weights`: names to tensors that are mapped when used, their config and settings.
-2. `load_model`, `place`, `add_pos_embed`: to a `DiT` in the right dtype on the right device.
+2. `load_model`, `place`, `add_pos_embed`: to a `DiT` in the right dtype on the right device;
+   `page_out` for those who read a block at a time.
 3. `load_settings`, `find_objective`: what else a file says.
 4. `_open` and below: which layout it is. The names inside published files are in layouts.py.
 """
 
+import ctypes
 import json
-from collections.abc import Iterator, Mapping
+import mmap
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +31,7 @@ from models import DiT, DiTConfig, sincos_pos_embed
 from sharded import ShardedCheckpoint
 
 FLOAT32_NAMES = ("pos_embed", "moe.router.weight")  # computed in float32 whatever the rest is in
+MADV_PAGEOUT = 21  # Linux
 
 
 class _Source(NamedTuple):
@@ -160,6 +164,16 @@ def add_pos_embed(
     if "pos_embed" not in state:
         table = sincos_pos_embed(config.input_size // config.patch_size, config.hidden_size)
         state["pos_embed"] = table.to(device)
+
+
+def page_out(tensors: Iterable[Tensor]) -> None:
+    """Give back the memory of tensors mapped from a file; used again, they are read again."""
+    libc, page = ctypes.CDLL(None), mmap.PAGESIZE
+    for tensor in tensors:
+        start = -(-tensor.data_ptr() // page) * page
+        length = tensor.data_ptr() + tensor.nbytes - start
+        if length > 0:  # MADV_PAGEOUT: never loses data; a refusal costs only the memory
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), MADV_PAGEOUT)
 
 
 def load_settings(path: str | Path) -> dict[str, Any]:
