@@ -103,6 +103,8 @@ def check_flags(args: argparse.Namespace, config: DiTConfig, image_size: int) ->
 def main(args: argparse.Namespace) -> None:
     """Sample and write the picture."""
     device = runtime.pick_device()
+    # A model that fills the memory must not keep what its loading freed.
+    runtime.keep_freed_memory(args.quantize is None and args.offload is None)
     try:
         settings = load_settings(args.ckpt)
         model = load_for_sampling(

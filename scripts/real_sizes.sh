@@ -5,7 +5,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 folder=${1:-/tmp/real-sizes}
 trap 'rm -rf "$folder"' EXIT
-export MALLOC_MMAP_THRESHOLD_=1000000 # int8 weights leave holes in glibc's heap otherwise
 
 measured() { # run a command, then print the peak resident memory of its process
   python -c 'import resource, subprocess, sys

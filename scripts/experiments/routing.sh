@@ -4,7 +4,7 @@
 # About 10 minutes on two CPU cores for the small Fashion-MNIST model. Runs that are done stay.
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 
-ckpt=${CKPT:-results/fashion1}
+ckpt=${CKPT:-results/fashion}
 work=${WORK:-results/routing}
 docs=${DOCS:-docs/routing}
 
