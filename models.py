@@ -20,8 +20,6 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, save_torch_state_dict, snapshot_download
 from safetensors.torch import load_file
-from timm.layers import Attention as TimmAttention
-from timm.layers import Mlp, PatchEmbed, build_sincos2d_pos_embed
 from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -103,6 +101,11 @@ class DiTConfig:
         return self.in_channels * 2 if self.learn_sigma else self.in_channels
 
     @property
+    def num_patches(self) -> int:
+        """T, tokens of one image."""
+        return (self.input_size // self.patch_size) ** 2
+
+    @property
     def mlp_hidden_size(self) -> int:
         """F, the hidden width of one routed expert or of the dense MLP."""
         return round(self.hidden_size * self.mlp_ratio)
@@ -144,6 +147,19 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+class PatchEmbedder(nn.Module):
+    """Images to tokens: one linear map of every P x P patch, row by row."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        channels, patch_size = config.in_channels, config.patch_size
+        self.proj = nn.Conv2d(channels, config.hidden_size, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, H, W) to (N, T, D)."""
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
 class TimestepEmbedder(nn.Module):
     """Times to vectors: sinusoids, then a two-layer MLP."""
 
@@ -166,7 +182,9 @@ class LabelEmbedder(nn.Module):
         super().__init__()
         self.null_label = num_classes
         self.dropout_prob = dropout_prob
-        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+        # nn.Embedding's own drawing loads torch's compiler on the meta device: seconds
+        table = torch.empty(num_classes + 1, hidden_size)
+        self.embedding_table = nn.Embedding.from_pretrained(table, freeze=False)
 
     def forward(self, y: Tensor, drop_mask: Tensor | None = None) -> Tensor:
         """Map (N,) labels to (N, D).
@@ -185,7 +203,7 @@ class LabelEmbedder(nn.Module):
 # ------------------------------------------------------------------------------ attention
 
 
-class Attention(TimmAttention):
+class Attention(nn.Module):
     """Multi-head self-attention; which kernel runs changes neither parameters nor output.
 
     torch's `scaled_dot_product_attention`, but for two cases: the flash-attn package on a GPU, if
@@ -193,11 +211,15 @@ class Attention(TimmAttention):
     """
 
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool) -> None:
-        norm: Any = partial(nn.LayerNorm, eps=1e-6)
-        super().__init__(hidden_size, num_heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=norm)
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, hidden_size // num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.q_norm = nn.LayerNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(hidden_size, hidden_size)
         self.use_flash_attn = False  # set by DiT.use_flash_attn
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         """Map (N, T, D) to (N, T, D)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # (N, T, heads, d)
@@ -293,12 +315,24 @@ class SwiGLU(nn.Module):
         return swiglu(x.to(dtype), weight, self.down_proj.weight)
 
 
+class GeluMLP(nn.Module):
+    """fc2(gelu(fc1(x))) with biases, the dense DiT's MLP."""
+
+    def __init__(self, hidden_size: int, mlp_hidden_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, mlp_hidden_size)
+        self.fc2 = nn.Linear(mlp_hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., D) to (..., D)."""
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
 def build_mlp(config: DiTConfig, mlp_hidden_size: int) -> Any:
     """Return a dense MLP of the config's form: (..., D) to (..., D)."""
     if config.mlp_type == "swiglu":
         return SwiGLU(config.hidden_size, mlp_hidden_size)
-    gelu: Any = partial(nn.GELU, approximate="tanh")
-    return Mlp(config.hidden_size, mlp_hidden_size, act_layer=gelu)
+    return GeluMLP(config.hidden_size, mlp_hidden_size)
 
 
 class Experts(nn.Module):
@@ -438,16 +472,14 @@ class DiT(nn.Module, PyTorchModelHubMixin, library_name="dit-moe"):
         super().__init__()
         self.config = config
         self.grad_checkpointing = False
-        self.x_embedder = PatchEmbed(
-            config.input_size, config.patch_size, config.in_channels, config.hidden_size
-        )
+        self.x_embedder = PatchEmbedder(config)
         self.t_embedder = TimestepEmbedder(config.hidden_size)
         self.y_embedder = LabelEmbedder(
             config.num_classes, config.hidden_size, config.class_dropout_prob
         )
         # A Parameter, as published, so that it counts and is saved; the optimizer never sees it.
         self.pos_embed = nn.Parameter(
-            torch.empty(1, self.x_embedder.num_patches, config.hidden_size), requires_grad=False
+            torch.empty(1, config.num_patches, config.hidden_size), requires_grad=False
         )
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
@@ -455,9 +487,10 @@ class DiT(nn.Module, PyTorchModelHubMixin, library_name="dit-moe"):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Draw every parameter anew, in order, see `initialize_parameter`."""
+        """Draw every parameter anew, in order, see `initialize_parameter`; on meta, nothing."""
         for name, parameter in self.named_parameters():
-            initialize_parameter(name, parameter)
+            if not parameter.is_meta:
+                initialize_parameter(name, parameter)
 
     def use_flash_attn(self, enabled: bool = True) -> None:
         """Switch all attention to the flash-attn package (GPU, half precision) or back to torch's.
@@ -583,8 +616,12 @@ def initialize_parameter(name: str, parameter: Tensor, generator: Generator | No
 
 def sincos_pos_embed(size: int, hidden_size: int) -> Tensor:
     """Return the frozen (1, size*size, D) table: the column's sines and cosines, then the row's."""
-    table = build_sincos2d_pos_embed([size, size], hidden_size, interleave_sin_cos=True)
-    return table.view(size, size, -1).transpose(0, 1).reshape(1, size * size, -1)  # row <-> column
+    quarter = hidden_size // 4
+    frequencies = 10_000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.arange(size)[:, None] * frequencies  # (size, D/4)
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)  # (size, D/2)
+    column, row = line.expand(size, -1, -1), line[:, None].expand(-1, size, -1)
+    return torch.cat([column, row], dim=-1).view(1, size * size, hidden_size).float()
 
 
 # ------------------------------------------------------------------------------ sizes

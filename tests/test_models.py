@@ -280,7 +280,8 @@ def assert_uniform(weight: Tensor, bound: float) -> None:
     """Check largest entry and spread of a matrix that should be uniform in [-bound, bound]."""
     assert 0.97 * bound < weight.abs().max().item() <= bound
     assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
-    assert weight.mean().item() == pytest.approx(0.0, abs=0.05 * bound)
+    standard_error = bound / math.sqrt(3 * weight.numel())
+        assert weight.mean().item() == pytest.approx(0.0, abs=4 * standard_error)
 
 
 def test_every_matrix_starts_from_its_published_distribution():
