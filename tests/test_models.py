@@ -281,7 +281,7 @@ def assert_uniform(weight: Tensor, bound: float) -> None:
     assert 0.97 * bound < weight.abs().max().item() <= bound
     assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
     standard_error = bound / math.sqrt(3 * weight.numel())
-        assert weight.mean().item() == pytest.approx(0.0, abs=4 * standard_error)
+    assert weight.mean().item() == pytest.approx(0.0, abs=4 * standard_error)
 
 
 def test_every_matrix_starts_from_its_published_distribution():
