@@ -14,6 +14,7 @@ Weights of any layout are opened in weights.py; what train_deepspeed.py saves is
 """
 
 import argparse
+import hashlib
 import json
 import logging
 import os
@@ -123,6 +124,17 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if missing := [key for key in CHECKPOINT_KEYS if key not in content]:
         raise ValueError(f"{path} lacks {missing}, found {sorted(content)}")
     return content
+
+
+def checkpoint_hash(path: str | Path) -> str:
+    """Return the SHA-256, in hex, of what a path means: a file, a folder's files, a run's last."""
+    path = Path(path)
+    path = (latest_checkpoint(path) or path) if path.is_dir() else path
+    if path.is_file():
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return hashlib.sha256("".join(map(checkpoint_hash, files)).encode()).hexdigest()
 
 
 def latest_checkpoint(run_dir: str | Path) -> Path | None:

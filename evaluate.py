@@ -1,172 +1,422 @@
-"""Draw many samples of a checkpoint and let an independent classifier read them.
+"""Draw many samples of a checkpoint and say how close they are to real images.
 
-    python evaluate.py --ckpt results/DiT-Ti-1-rf-digits --num-samples 500
+    python evaluate.py --ckpt results/fashion --cfg-scale 3 --num-samples 1000
+    torchrun --nproc_per_node=8 evaluate.py --ckpt results/RUN --num-sampling-steps 250 \\
+      --reference VIRTUAL_imagenet256_labeled.npz --inception-weights inception.pth
+    python evaluate.py --images samples.npz --reference imagenet/train --image-size 256
 
-The classifier is trained on the real images the model learnt from, never on samples, and its
-accuracy on real test images is printed beside the share of samples read as the class asked for.
+Every class gets the same number of samples (to within one). A sample's noise depends on --seed and
+its number only, so the samples do not depend on the ranks. They are written as they come, and the
+same command goes on where it stopped; then they are one .npz (arr_0) as ADM's evaluation reads it.
+
+FID, sFID and IS need Inception's features. Digits and Fashion-MNIST are judged by those of a
+classifier trained on them, and the distance is then called FD: compare it with nothing else.
 """
 
 import argparse
+import hashlib
+import json
+import shutil
+import statistics
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import runtime
-from checkpoint import atomic_write
-from data import ImageDataset, load_dataset, load_vae
-from diffusion import create_diffusion
-from flags import FlagParser, number, sampling_flags, sampling_options
-from weights import load_model, load_settings
+from checkpoint import atomic_write, checkpoint_hash
+from classifiers import EPOCHS, Classifier, load_classifier, predict
+from data import VAE, ImageDataset, Pixels, load_dataset, load_vae, save_grid
+from diffusion import Diffusion, create_diffusion
+from flags import FlagParser, flag, number, sampling_flags, sampling_options
+from image_sets import DatasetSet, FolderSet, ImageSet, NpzSet, save_npz
+from metrics import (
+    ClassifierExtractor,
+    Extractor,
+    InceptionExtractor,
+    Statistics,
+    StatisticsBuilder,
+    compare,
+    frechet_distance,
+)
+from models import DiT
+from weights import find_objective, load_model, load_settings
+
+LOSS_IMAGES = 2000  # real images whose loss is measured, LOSS_DRAWS times each
+LOSS_DRAWS = 4
 
 
 def build_parser() -> FlagParser:
     """Return the parser of this script's flags."""
     parser = FlagParser(__doc__)
     data = parser.group("Data")
-    data.add("--ckpt", required=True, help="checkpoint or run folder of ours")
-    data.add("--num-samples", type=number(int, 1), default=500, help="spread evenly over classes")
-    data.add("--classifier-cache", default="results/classifiers", help="folder of the classifiers")
+    data.add("--ckpt", help="checkpoint, run folder or published weights")
+    data.add("--images", help="judge this folder or .npz instead")
+    data.add("--num-samples", type=number(int, 2), default=50000, help="spread over the classes")
+    data.add("--num-seeds", type=number(int, 1), default=1, help="repeat with seed, seed + 1, ...")
+    data.add("--out", help="folder; default: results/evaluation/ and the name of all this")
+    data.add("--vae-path", help="folder or hub id; default: the checkpoint's")
+    data.add("--fashion-mnist-root", help="folder of the idx files; default: Debian's, ./data")
+
+    real = parser.group("Real images")
+    real.add("--reference", help="data set, folder or .npz; default: what the model learnt from")
+    real.add("--test-data", help="other real images, for the floor; default: the data's test split")
+    real.add("--image-size", type=number(int, 1), help="of folders; default: the checkpoint's, 256")
+    real.add("--features", choices=["inception", "classifier"], help="default: by the data")
+    real.add("--inception-weights", help="torch-fidelity's file; default: download")
+    real.add("--cache", default="results/references", help="classifiers, reference statistics")
+
+    model = parser.group("Model")
+    model.add("--rf", default=None, **flag, help="objective of a published file; ours tell")
+    model.add("--ema", default=True, **flag, help="averaged weights")
+    model.add("--dtype", choices=list(runtime.DTYPES), help="of the weights; default: by hardware")
     sampling_flags(parser, batch_size=100)
     return parser
 
 
-# ------------------------------------------------------------------------------ classifiers
+# ------------------------------------------------------------------------------ samples
 
 
-def load_all(dataset: ImageDataset) -> tuple[Tensor, Tensor]:
-    """Return all images (n, C, S, S) in [-1, 1] and labels (n,), unflipped."""
-    return dataset.__getitems__([(index, False) for index in range(len(dataset))])
+class Sampler:
+    """A checkpoint ready to draw any of its samples."""
 
+    def __init__(self, args: argparse.Namespace, run: runtime.Runtime) -> None:
+        """Load the checkpoint; fills in what `args` leave to it.
 
-def digits_classifier() -> tuple[Any, float]:
-    """Fit scikit-learn's support vector classifier on real digits; returns (predict, accuracy)."""
-    from sklearn.svm import SVC
-
-    train_images, train_labels = load_all(load_dataset("digits", split="train"))
-    test_images, test_labels = load_all(load_dataset("digits", split="test"))
-    classifier = SVC(C=10, gamma="scale").fit(train_images.flatten(1).numpy(), train_labels.numpy())
-
-    def predict(images: Tensor) -> Tensor:
-        return torch.from_numpy(classifier.predict(images.flatten(1).numpy()))
-
-    return predict, (predict(test_images) == test_labels).float().mean().item()
-
-
-class SmallCNN(nn.Sequential):
-    """Classifier of small gray images (N, 1, 32, 32) -> (N, num_classes) logits."""
-
-    def __init__(self, num_classes: int) -> None:
-        def stage(c_in: int, c_out: int) -> list[nn.Module]:
-            conv = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
-            return [conv, nn.BatchNorm2d(c_out), nn.ReLU(), nn.MaxPool2d(2)]
-
-        head = [nn.Flatten(), nn.Dropout(0.3), nn.Linear(128 * 16, num_classes)]
-        super().__init__(*stage(1, 32), *stage(32, 64), *stage(64, 128), *head)
-
-
-def fashion_mnist_classifier(cache: Path, root: str | None) -> tuple[Any, float]:
-    """Train `SmallCNN` on Fashion-MNIST (3 epochs), or read it from the cache."""
-    test_images, test_labels = load_all(
-        load_dataset("fashion-mnist", split="test", fashion_mnist_root=root)
-    )
-    path = cache / "fashion-mnist.pt"
-    model = SmallCNN(10)
-    if path.exists():
-        model.load_state_dict(torch.load(path, weights_only=True))
-    else:
-        images, labels = load_all(
-            load_dataset("fashion-mnist", split="train", fashion_mnist_root=root)
+        Raises:
+            ValueError: a flag does not fit the checkpoint.
+            FileNotFoundError: there is no such checkpoint.
+        """
+        self.args, self.run = args, run
+        self.settings = load_settings(args.ckpt)
+        dtype = runtime.pick_dtype(args.dtype, run.device)
+        self.model: DiT = load_model(args.ckpt, ema=args.ema, dtype=dtype, device=run.device)
+        config = self.model.config
+        objective = find_objective(self.settings, config, args.rf)
+        self.diffusion: Diffusion = create_diffusion(objective, learn_sigma=config.learn_sigma)
+        self.vae: VAE | Pixels = load_vae(
+            args.vae_path or self.settings.get("vae_path") or "stabilityai/sd-vae-ft-ema",
+            device=run.device,
+            model_channels=config.in_channels,
         )
-        train_classifier(model, images, labels, num_epochs=3)
-        with atomic_write(path) as temp:
-            torch.save(model.state_dict(), temp)
-    model.eval()
+        args.sampler = args.sampler or self.diffusion.default_sampler
+        steps = self.diffusion.default_num_steps.get(args.sampler)
+        args.num_sampling_steps = args.num_sampling_steps or steps
+        self.image_size = config.input_size * self.vae.downsample
+        if args.image_size not in (None, self.image_size):
+            raise ValueError(f"--image-size {args.image_size}: {args.ckpt} has {self.image_size}")
+        args.image_size = self.image_size
+        self.labels = torch.arange(args.num_samples) % config.num_classes
 
-    @torch.no_grad()
-    def predict(images: Tensor) -> Tensor:
-        return torch.cat([model(part).argmax(dim=1) for part in images.split(500)])
+    def identity(self, seed: int) -> dict[str, Any]:
+        """Return all that decides the samples of a seed."""
+        names = ("ema", "num_samples", "batch_size", "sampler", "num_sampling_steps")
+        names = (*names, "cfg_scale", "cfg_channels", "cfg_interval")
+        chosen = {name: getattr(self.args, name) for name in names}
+        dtype = str(next(self.model.parameters()).dtype)
+        return {
+            "checkpoint": checkpoint_hash(self.args.ckpt),
+            "seed": seed,
+            "dtype": dtype,
+            **chosen,
+        }
 
-    return predict, (predict(test_images) == test_labels).float().mean().item()
+    def draw(self, seed: int, first: int, stop: int) -> Tensor:
+        """Draw samples first..stop-1 of a seed, (N, C, S, S) uint8 on the CPU."""
+        config, y = self.model.config, self.labels[first:stop]
+        generators = [_generator(seed, index) for index in range(first, first + len(y))]
+        shape = (config.in_channels, config.input_size, config.input_size)
+        noise = torch.stack([torch.randn(shape, generator=one) for one in generators])
+        latents = self.diffusion.sample(
+            self.model,
+            noise.to(self.run.device),
+            y.to(self.run.device),
+            **sampling_options(self.args),
+            null_label=config.null_label,
+            generator=generators,
+        )
+        return ((self.vae.decode(latents) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
-def train_classifier(model: nn.Module, images: Tensor, labels: Tensor, num_epochs: int) -> None:
-    """Train with AdamW, one-cycle learning rate and random mirroring, batch 128."""
-    generator = torch.Generator().manual_seed(0)
-    steps = num_epochs * (len(images) // 128)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
-    with tqdm(total=steps, desc="classifier") as bar:
-        for _ in range(num_epochs):
-            order = torch.randperm(len(images), generator=generator)
-            for index in order[: len(order) // 128 * 128].split(128):
-                batch = images[index]
-                flip = torch.rand(len(batch), generator=generator) < 0.5
-                batch = torch.where(flip[:, None, None, None], batch.flip(-1), batch)
-                loss = F.cross_entropy(model(batch), labels[index])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                bar.update()
+def _generator(*seeds: int) -> torch.Generator:
+    state = np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
-def load_classifier(settings: dict[str, Any], cache: Path) -> tuple[Any, float]:
-    """Return (predict, accuracy on real test images) for the data a checkpoint was trained on.
+def draw_samples(sampler: Sampler, seed: int, out: Path) -> tuple[Path, float]:
+    """Draw what is lacking of a seed's samples, over all ranks.
+
+    Returns:
+        Their .npz and the seconds that one of them took on the main rank.
 
     Raises:
-        ValueError: if there is no classifier for that data.
+        ValueError: there are samples of another command.
     """
-    data_path = settings.get("data_path")
-    if data_path == "digits":
-        return digits_classifier()
-    if data_path == "fashion-mnist":
-        return fashion_mnist_classifier(cache, settings.get("fashion_mnist_root"))
-    raise ValueError(
-        f"--ckpt was trained on {data_path}; there are classifiers for digits and fashion-mnist"
+    args, run = sampler.args, sampler.run
+    path, parts, identity = out / f"seed{seed}.npz", out / f"seed{seed}", sampler.identity(seed)
+    claim = out / f"seed{seed}.json"
+    found = json.loads(claim.read_text()) if claim.exists() else identity
+    seconds = found.pop("seconds_per_sample", 0.0)
+    if different := [name for name in identity if found.get(name) != identity[name]]:
+        name = different[0]
+        raise ValueError(
+            f"--out {out} holds samples with {name} {found.get(name)}, this command has "
+            f"{identity[name]}: give another --out, or delete it"
+        )
+    runtime.barrier()  # all have looked
+    if run.is_main and not path.exists():
+        _write_json(claim, identity)
+    if runtime.from_main(path.exists()):
+        return path, runtime.from_main(seconds)
+    starts = range(0, args.num_samples, args.batch_size)
+    mine = list(starts)[run.rank :: run.world_size]
+    for first in tqdm(mine, desc=f"samples, seed {seed}", unit="batch", disable=not run.is_main):
+        part = parts / f"{first:08d}.npy"
+        if not part.exists():
+            began = time.monotonic()
+            images = sampler.draw(seed, first, first + args.batch_size)
+            seconds = (time.monotonic() - began) / len(images)
+            with atomic_write(part) as temp, open(temp, "wb") as file:
+                np.save(file, images.numpy())
+    runtime.barrier()
+    if run.is_main:
+        batches = (torch.from_numpy(np.load(parts / f"{first:08d}.npy")) for first in starts)
+        save_npz(path, args.num_samples, batches, sampler.labels)
+        _write_json(claim, identity | {"seconds_per_sample": seconds})
+        shutil.rmtree(parts)
+        picture = NpzSet(path).images(0, min(100, args.num_samples)).float() / 127.5 - 1
+        classes = sampler.model.config.num_classes
+        save_grid(picture, path.with_suffix(".png"), columns=classes if classes <= 20 else None)
+    runtime.barrier()
+    return path, runtime.from_main(seconds)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with atomic_write(path) as temp:
+        temp.write_text(json.dumps(content, indent=2) + "\n")
+
+
+@torch.no_grad()
+def loss_of(sampler: Sampler, dataset: ImageDataset) -> float:
+    """Return the objective's mean loss on real images, with the same times and noise every time."""
+    run, total = sampler.run, torch.zeros(2, dtype=torch.float64)
+    chosen = torch.randperm(len(dataset), generator=_generator(0))[:LOSS_IMAGES]
+    batches = [(d, part) for d in range(LOSS_DRAWS) for part in chosen.split(100)]
+    for d, part in batches[run.rank :: run.world_size]:
+        images, labels = dataset.__getitems__([(int(index), False) for index in part])
+        generator = _generator(1, d, int(part[0]))
+        latents = sampler.vae.encode(images.to(run.device))
+        t, noise = _times_and_noise(sampler.diffusion, latents, generator)
+        out = sampler.diffusion.training_loss(
+            lambda *inputs: (sampler.model(*inputs), torch.zeros(())),
+            latents, labels.to(run.device), t=t, noise=noise,
+        )  # fmt: skip
+        total += torch.stack([out.per_sample.sum().cpu(), torch.tensor(float(len(part)))])
+    total = runtime.sum_over_ranks(total.to(run.device)).cpu()
+    return (total[0] / total[1]).item()
+
+
+def _times_and_noise(
+    diffusion: Diffusion, latents: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    t = diffusion.draw_t(latents, generator)
+    return t, torch.randn(latents.shape, generator=generator).to(latents.device)
+
+
+# ------------------------------------------------------------------------------ real images
+
+
+def collect(
+    images: ImageSet, extractor: Extractor, args: argparse.Namespace, run: runtime.Runtime
+) -> Statistics | None:
+    """Look at all images of a set, shared by the ranks; the main one gets the statistics."""
+    builder = StatisticsBuilder(len(images))
+    starts = list(range(0, len(images), args.batch_size))[run.rank :: run.world_size]
+    for first in tqdm(starts, desc="features", unit="batch", disable=not run.is_main, leave=False):
+        builder.add(first, extractor(images.images(first, first + args.batch_size)))
+    return builder.finish(run)
+
+
+def open_images(path: str, args: argparse.Namespace, split: str = "train") -> ImageSet:
+    """Open real images: a data set by name, a class folder (cropped as in training) or an .npz."""
+    if path.endswith(".npz"):
+        return NpzSet(Path(path))
+    named = path in EPOCHS
+    dataset = load_dataset(
+        path,
+        image_size=None if named else args.image_size,
+        split=split,
+        fashion_mnist_root=args.fashion_mnist_root,
     )
+    return DatasetSet(dataset, f"{path} {split}" if named else path)
+
+
+def reference_statistics(
+    path: str, extractor: Extractor, args: argparse.Namespace, run: runtime.Runtime
+) -> Statistics | None:
+    """Return the statistics of the reference, from the cache if they are there; main rank only.
+
+    An .npz that brings its moments, as ADM's do, is used with these.
+    """
+    real = open_images(path, args)
+    source = Path(path).resolve() if Path(path).exists() else path
+    key = f"{source} {len(real)} {args.image_size} {extractor.identity}"
+    cached = Path(args.cache) / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+    if runtime.from_main(cached.exists()):
+        return Statistics.load(cached) if run.is_main else None
+    found = collect(real, extractor, args, run)
+    if found is None:
+        return None
+    if path.endswith(".npz"):
+        with np.load(path) as file:
+            if "mu" in file.files:
+                if extractor.name:
+                    raise ValueError(f"--reference {path}: its moments need --features inception")
+                found.pool = {"mu": file["mu"].astype(float), "sigma": file["sigma"].astype(float)}
+                found.spatial = {
+                    "mu": file["mu_s"].astype(float), "sigma": file["sigma_s"].astype(float)
+                }  # fmt: skip
+    found.save(cached)
+    return found
+
+
+def floor_distance(
+    args: argparse.Namespace, extractor: Extractor, real: Statistics | None, run: runtime.Runtime
+) -> dict[str, float]:
+    """Return the distance of other real images from the reference: what a perfect model gets."""
+    path, split = args.test_data, "train"
+    if path is None:
+        if args.reference not in EPOCHS:
+            return {}
+        path, split = args.reference, "test"
+    found = collect(open_images(path, args, split), extractor, args, run)
+    if found is None or real is None:
+        return {}
+    name = f"FD ({extractor.name})" if extractor.name else "FID"
+    return {f"{name} of {found.count} other real images": frechet_distance(found.pool, real.pool)}
 
 
 # ------------------------------------------------------------------------------ main
 
 
-def main(args: argparse.Namespace) -> None:
-    """Sample, classify, print."""
-    device = runtime.pick_device()
-    torch.manual_seed(0)
-    try:
-        settings = load_settings(args.ckpt)
-        model = load_model(args.ckpt, device=device)
-        predict, accuracy = load_classifier(settings, Path(args.classifier_cache))
-        config = model.config
-        diffusion = create_diffusion(settings["objective"], learn_sigma=config.learn_sigma)
-        vae = load_vae(settings["vae_path"], device=device)
-        labels = torch.arange(args.num_samples) % config.num_classes
-        generator = torch.Generator().manual_seed(args.seed)
-        shape = (config.in_channels, config.input_size, config.input_size)
-        images = []
-        for y in tqdm(labels.split(args.batch_size), desc="samples", unit="batch"):
-            latents = diffusion.sample(
-                model,
-                torch.randn(len(y), *shape, generator=generator).to(device),
-                y.to(device),
-                **sampling_options(args),
-                null_label=config.null_label,
-                generator=generator,
+def evaluate(args: argparse.Namespace, run: runtime.Runtime) -> dict[str, Any]:
+    """Draw, look, compare; returns what the main rank prints and saves."""
+    if (args.ckpt is None) == (args.images is None):
+        raise ValueError("--ckpt or --images: give one of them")
+    sampler = Sampler(args, run) if args.ckpt else None
+    settings = sampler.settings if sampler else {}
+    args.reference = args.reference or settings.get("data_path")
+    if args.reference is None:
+        raise ValueError("--reference: give the real images; nothing here says them")
+    args.fashion_mnist_root = args.fashion_mnist_root or settings.get("fashion_mnist_root")
+    named = args.reference in EPOCHS
+    classifier: Classifier | None = None
+    if named:
+        if run.is_main:  # trains it, if it must
+            load_classifier(args.reference, Path(args.cache), args.fashion_mnist_root)
+        runtime.barrier()
+        classifier = load_classifier(args.reference, Path(args.cache), args.fashion_mnist_root)
+    args.features = args.features or ("classifier" if named else "inception")
+    if args.features == "classifier":
+        if classifier is None:
+            raise ValueError(f"--features classifier: none for {args.reference}, only {[*EPOCHS]}")
+        extractor: Extractor = ClassifierExtractor(classifier, args.reference, run.device)
+    else:
+        extractor = InceptionExtractor(args.inception_weights, run.device)
+    out = Path(args.out or default_out(args))
+    sets: dict[str, ImageSet] = {}
+    seconds: dict[str, float] = {}
+    if sampler:
+        for seed in range(args.seed, args.seed + args.num_seeds):
+            path, seconds[f"seed {seed}"] = draw_samples(sampler, seed, out)
+            sets[f"seed {seed}"] = NpzSet(path)
+    else:
+        path = Path(args.images)
+        sets[path.name] = NpzSet(path) if path.suffix == ".npz" else FolderSet(path)
+
+    real = reference_statistics(args.reference, extractor, args, run)
+    columns: dict[str, dict[str, float]] = {}
+    for name, images in sets.items():
+        found = collect(images, extractor, args, run)
+        columns[name] = compare(found, real, extractor.name) if found and real else {}
+        if sampler and classifier:
+            right = classified_right(classifier, images, sampler.labels, args, run)
+            columns[name]["read as the class asked for"] = right
+        if sampler:
+            columns[name]["seconds per sample"] = seconds[name]
+    facts: dict[str, float] = floor_distance(args, extractor, real, run)
+    if classifier:
+        facts["real test images read right"] = classifier.accuracy
+        if sampler:
+            test = load_dataset(
+                args.reference, split="test", fashion_mnist_root=args.fashion_mnist_root
             )
-            images.append(vae.decode(latents).cpu())
+            facts["loss on test images"] = loss_of(sampler, test)
+    return {"flags": vars(args), "out": str(out), "values": columns, "facts": facts}
+
+
+def classified_right(
+    classifier: Classifier,
+    images: ImageSet,
+    labels: Tensor,
+    args: argparse.Namespace,
+    run: runtime.Runtime,
+) -> float:
+    """Return the share of samples that a classifier reads as the class they were asked for."""
+    right = torch.zeros((), dtype=torch.float64, device=run.device)
+    starts = list(range(0, len(images), args.batch_size))[run.rank :: run.world_size]
+    for first in starts:
+        stop = first + args.batch_size
+        batch = images.images(first, stop).to(run.device).float() / 127.5 - 1
+        right += (predict(classifier.model, batch).cpu() == labels[first:stop]).sum().to(run.device)
+    return (runtime.sum_over_ranks(right) / len(images)).item()
+
+
+def default_out(args: argparse.Namespace) -> str:
+    """Name the folder by what is drawn."""
+    if not args.ckpt:
+        return f"results/evaluation/{Path(args.images).stem}"
+    low, high = args.cfg_interval
+    interval = "" if (low, high) == (0.0, 1.0) else f"-t{low:g}-{high:g}"
+    name = f"{args.sampler}{args.num_sampling_steps}-cfg{args.cfg_scale:g}{interval}"
+    return f"results/evaluation/{Path(args.ckpt).stem}-{name}-{args.num_samples}"
+
+
+def format_result(result: dict[str, Any]) -> Iterator[str]:
+    """Yield the lines of the table: a row a measure, a column a seed, then mean and deviation."""
+    columns = result["values"]
+    names = list(columns)
+    several = len(names) > 1
+    rows = [["", *names, *(["mean", "std"] if several else [])]]
+    for measure in columns[names[0]]:
+        values = [columns[name][measure] for name in names]
+        spread = [statistics.mean(values), statistics.stdev(values)] if several else []
+        rows.append([measure, *(f"{value:.4f}" for value in (*values, *spread))])
+    width = max(len(row[0]) for row in (*rows, *([name] for name in result["facts"])))
+    for row in rows:
+        yield row[0].ljust(width) + "".join(text.rjust(12) for text in row[1:])
+    for name, value in result["facts"].items():
+        yield f"{name.ljust(width)}{value:12.4f}"
+
+
+def main(args: argparse.Namespace) -> None:
+    """Evaluate, print the table, save it as metrics.json."""
+    run = runtime.setup()
+    try:
+        result = evaluate(args, run)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"evaluate.py: error: {error}")
-    right = (predict(torch.cat(images)) == labels).numpy()
-    print(f"classifier: {accuracy:.1%} of real test images read correctly")
-    for label, name in enumerate(settings["class_names"]):
-        print(f"  {name:>12}: {np.mean(right[labels.numpy() == label]):.1%}")
-    print(f"{right.sum()} of {len(right)} samples read as the class asked for ({right.mean():.1%})")
+    if run.is_main:
+        _write_json(Path(result["out"]) / "metrics.json", result)
+        print("\n".join(format_result(result)))
+        print(f"samples, picture and metrics.json: {result['out']}")
+    runtime.finish()
 
 
 if __name__ == "__main__":

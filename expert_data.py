@@ -11,7 +11,6 @@ heatmap_class.py, heatmap_layer.py and expert_report.py draw it.
 """
 
 import argparse
-import hashlib
 import math
 import sys
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import runtime
-from checkpoint import latest_checkpoint
+from checkpoint import checkpoint_hash
 from data import VAE, ImageDataset, Pixels, load_dataset, load_vae
 from diffusion import Diffusion, create_diffusion
 from flags import FlagParser, flag, number, sampling_flags, sampling_options
@@ -80,17 +79,6 @@ def build_parser() -> FlagParser:
 # ------------------------------------------------------------------------------ what to run
 
 
-def find_checkpoint(path: str) -> Path:
-    """Return the file that `--ckpt` means; a run folder means its latest checkpoint."""
-    return (latest_checkpoint(path) or Path(path)) if Path(path).is_dir() else Path(path)
-
-
-def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def model_times(args: argparse.Namespace, diffusion: Diffusion) -> list[float]:
     """Return the model time of each step: `--times`, else the sampler's."""
     if args.times:
@@ -117,8 +105,7 @@ def describe(args: argparse.Namespace, model: DiT, settings: dict[str, Any]) -> 
             f"--labels {max(args.labels)}: expected different numbers in "
             f"[0, {config.num_classes - 1}]"
         )
-    path = find_checkpoint(args.ckpt)
-    source = {"path": str(args.ckpt), "sha256": file_hash(path), "ema": args.ema}
+    source = {"path": str(args.ckpt), "sha256": checkpoint_hash(args.ckpt), "ema": args.ema}
     run = {"seed": args.seed, "labels": args.labels, "batch_size": args.batch_size}
     run |= {"num_images": args.num_per_class * len(args.labels), "images_done": 0}
     return {

@@ -16,14 +16,20 @@ import torch
 from torch import Generator, Tensor
 from tqdm import tqdm
 
+Generators = Generator | Sequence[Generator] | None  # one for all, one a sample, the global one
 Model = Callable[..., Any]  # (x, t, y) -> prediction; in training (prediction, aux_loss)
 Predict = Callable[[Tensor, float], Tensor]  # x (N, C, H, W), model time -> (N, C_out, H, W) fp32
 Update = Callable[[Predict, Tensor], Tensor]  # one sampling step: predict, x -> the next x
 Steps = Sequence[tuple[float, Update]]  # model time and update of each, from noise to data
 
 
-def randn(shape: torch.Size, device: torch.device, generator: Generator | None) -> Tensor:
-    """Draw float32 normal noise where the generator lives: a CPU seed gives the same anywhere."""
+def randn(shape: torch.Size, device: torch.device, generator: Generators) -> Tensor:
+    """Draw float32 normal noise where the generator lives: a CPU seed gives the same anywhere.
+
+    Given one generator a sample, each draws its own.
+    """
+    if isinstance(generator, Sequence):
+        return torch.stack([randn(shape[1:], device, one) for one in generator])
     source = device if generator is None else generator.device
     return torch.randn(shape, generator=generator, device=source).to(device)
 
@@ -113,7 +119,7 @@ class Diffusion(ABC):
         """Return the terms of the loss, each (N,) and with gradient; their sum is the loss."""
 
     @abstractmethod
-    def steps(self, sampler: str, num_steps: int, generator: Generator | None) -> Steps:
+    def steps(self, sampler: str, num_steps: int, generator: Generators) -> Steps:
         """Return the model time and the update of each sampling step, from noise to data."""
 
     def training_loss(
@@ -163,7 +169,7 @@ class Diffusion(ABC):
         null_label: int | None = None,
         cfg_channels: int | None = None,
         cfg_interval: tuple[float, float] = (0.0, 1.0),
-        generator: Generator | None = None,
+        generator: Generators = None,
         progress: bool = False,
         callback: Callable[[int, float], None] | None = None,
     ) -> Tensor:
@@ -180,7 +186,8 @@ class Diffusion(ABC):
             cfg_channels: guidance acts on this many first channels; None for the objective's
                 own: 3 for "ddpm" (as DiT), all C for "rf".
             cfg_interval: guidance acts while t lies in this closed interval within [0, 1].
-            generator: source of the noise that "ddpm" adds at each step; other samplers add none.
+            generator: source of the noise that "ddpm" adds at each step, or one a sample; other
+                samplers add none.
             progress: show a progress bar.
             callback: called as `callback(step, t)` before the model calls of a step; step counts
                 from 0, t is in [0, 1]. The model then sees N rows, or with guidance at work 2N:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from diffusion.base import Diffusion, Predict, Steps, mean_flat, randn
+from diffusion.base import Diffusion, Generators, Predict, Steps, mean_flat, randn
 
 NUM_TIMESTEPS = 1000
 BETA_START, BETA_END = 1e-4, 0.02
@@ -159,7 +159,7 @@ class GaussianDiffusion(Diffusion):
         timesteps = np.linspace(NUM_TIMESTEPS - 1, 0, num_steps).round().astype(int)[::-1].tolist()
         return timesteps, NoiseLevels.from_alpha_bar(self.alpha_bar[timesteps])
 
-    def steps(self, sampler: str, num_steps: int, generator: Generator | None) -> Steps:
+    def steps(self, sampler: str, num_steps: int, generator: Generators) -> Steps:
         """Return the updates from timestep 999 down; only "ddpm" draws noise."""
         if num_steps > NUM_TIMESTEPS:
             raise ValueError(f"num_steps must be in 1..{NUM_TIMESTEPS}, got {num_steps}")
@@ -173,7 +173,7 @@ class GaussianDiffusion(Diffusion):
         return steps[::-1]
 
     def ddpm_step(
-        self, predict: Predict, x: Tensor, t: int, level: NoiseLevels, generator: Generator | None
+        self, predict: Predict, x: Tensor, t: int, level: NoiseLevels, generator: Generators
     ) -> Tensor:
         """Draw x_{t-1} of p(x_{t-1} | x_t); the last step takes its mean. Source: DDPM alg. 2."""
         back = self.p_mean_variance(level, predict(x, t), x)

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from torch import Generator, Tensor
 
-from diffusion.base import Diffusion, Predict, Steps, mean_flat, randn
+from diffusion.base import Diffusion, Generators, Predict, Steps, mean_flat, randn
 
 
 class RectifiedFlow(Diffusion):
@@ -38,7 +38,7 @@ class RectifiedFlow(Diffusion):
         velocity = prediction[:, : latents.shape[1]]
         return {"mse": mean_flat((velocity - (noise - latents)).square())}
 
-    def steps(self, sampler: str, num_steps: int, generator: Generator | None) -> Steps:
+    def steps(self, sampler: str, num_steps: int, generator: Generators) -> Steps:
         """Return the updates from t = 1 to t = 0 in even steps; nothing is drawn."""
         update = {"euler": euler_step, "heun": heun_step}[sampler]
         times = [(num_steps - step) / num_steps for step in range(num_steps + 1)]

@@ -1,0 +1,138 @@
+"""Turn finished experiments into the tables and pictures of docs/RESULTS.md.
+
+    python scripts/experiments/collect.py claims --results results/claims
+    python scripts/experiments/collect.py samplers --results results/samplers
+
+Prints Markdown tables; writes their figures as JSON, and pictures, to docs/results.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import statistics
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+FD, LOSS, READ = "FD (classifier features)", "loss on test images", "read as the class asked for"
+CLAIMS = {  # claim -> its variants, the first one is what the others are compared with
+    "dense": ["moe", "dense"],
+    "objective": ["moe", "ddpm"],
+    "shared": ["moe", "noshared"],
+    "experts": ["moe", "experts4", "experts16"],
+    "balance": ["moe", "balance0", "balance0.01", "balance0.05"],
+    "upcycled": ["moe", "upcycled"],
+}
+MEASURES = {LOSS: "loss on test images", FD: "FD", "max_vio": "MaxVio", "dead": "dead experts"}
+
+
+def main(args: argparse.Namespace) -> None:
+    """Collect one experiment."""
+    args.docs.mkdir(parents=True, exist_ok=True)
+    found = {"claims": claims, "samplers": samplers}[args.experiment](args.results, args.docs)
+    text = json.dumps(found, indent=2) + "\n"
+    (args.docs / f"{args.experiment}.json").write_text(text)
+
+
+# ------------------------------------------------------------------------------ claims
+
+
+def claims(results: Path, docs: Path) -> dict[str, dict[str, list[float]]]:
+    """Print a row per variant, draw loss curves per claim; returns the values of every seed."""
+    values: dict[str, dict[str, list[float]]] = {}
+    curves: dict[str, list[tuple[list[int], list[float]]]] = {}
+    for path in sorted(results.glob("*-seed*/metrics.json")):
+        variant = re.sub(r"-seed\d+$", "", path.parent.name)
+        metrics = json.loads(path.read_text())
+        row = {**next(iter(metrics["values"].values())), **metrics["facts"]}
+        events = EventAccumulator(str(path.parent)).Reload()
+        scalars = set(events.Tags()["scalars"])
+        for name in ("max_vio", "dead"):
+            if f"experts/{name}" in scalars:
+                points = events.Scalars(f"experts/{name}")
+                row[name] = statistics.mean(p.value for p in points[len(points) // 2 :])
+        for name in {*MEASURES, READ} & row.keys():
+            values.setdefault(variant, {}).setdefault(name, []).append(row[name])
+        loss = events.Scalars("loss")
+        curves.setdefault(variant, []).append(([p.step for p in loss], [p.value for p in loss]))
+    for claim, variants in CLAIMS.items():
+        print(f"\n| {claim} | " + " | ".join(MEASURES.values()) + " |")
+        print("|---" * (1 + len(MEASURES)) + "|")
+        for variant in (name for name in variants if name in values):
+            cells = [spread(values[variant].get(name, [])) for name in MEASURES]
+            print(f"| {variant} | " + " | ".join(cells) + " |")
+    draw_curves(curves, docs / "claims.png")
+    return values
+
+
+def spread(values: list[float]) -> str:
+    """Write mean and standard deviation."""
+    if not values:
+        return ""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
+
+
+def draw_curves(curves: dict[str, list[tuple[list[int], list[float]]]], path: Path) -> None:
+    """Draw each claim's training losses, mean and range over seeds, from a tenth of the run on."""
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
+    for axis, (claim, variants) in zip(axes.flat, CLAIMS.items(), strict=True):
+        for variant in (name for name in variants if name in curves):
+            steps = curves[variant][0][0]
+            runs = [losses[: len(steps)] for _, losses in curves[variant]]
+            columns = list(zip(*runs, strict=True))
+            shown = slice(len(steps) // 10, None)
+            mean = [statistics.mean(column) for column in columns]
+            (line,) = axis.plot(steps[shown], mean[shown], label=variant)
+            low, high = [min(c) for c in columns], [max(c) for c in columns]
+            axis.fill_between(
+                steps[shown], low[shown], high[shown], alpha=0.2, color=line.get_color()
+            )
+        axis.set(title=claim, xlabel="training step", ylabel="training loss")
+        axis.legend()
+    figure.savefig(path, dpi=80)
+
+
+# ------------------------------------------------------------------------------ samplers
+
+
+def samplers(results: Path, docs: Path) -> dict[str, dict[str, float]]:
+    """Print a row per sampler, copy its picture; returns the values."""
+    rows: dict[str, dict[str, float]] = {}
+    print("| sampler | steps | guidance | FD | precision | recall | read right | ms a sample |")
+    print("|---|---|---|---|---|---|---|---|")
+    for path in sorted(results.glob("*/metrics.json"), key=sampler_order):
+        metrics = json.loads(path.read_text())
+        flags, name = metrics["flags"], path.parent.name
+        row = next(iter(metrics["values"].values()))
+        rows[name] = row
+        low, high = flags["cfg_interval"]
+        guidance = f"{flags['cfg_scale']:g}" if flags["cfg_scale"] != 1 else "off"
+        guidance += "" if (low, high) == (0.0, 1.0) else f", t in [{low:g}, {high:g}]"
+        cells = [flags["sampler"], str(flags["num_sampling_steps"]), guidance, f"{row[FD]:.2f}"]
+        cells += [f"{row[key]:.3f}" for key in ("precision", "recall", READ)]
+        print("| " + " | ".join([*cells, f"{1000 * row['seconds per sample']:.0f}"]) + " |")
+        shutil.copy(path.parent / f"seed{flags['seed']}.png", docs / f"sampler-{name}.png")
+    return rows
+
+
+def sampler_order(path: Path) -> tuple[int, int, str]:
+    """Order by kind, then by falling steps."""
+    name, steps = re.match(r"(.+?)-(\d+)", path.parent.name).groups()  # type: ignore[union-attr]
+    order = ["euler", "heun", "ddpm", "ddim", "dpm++"]
+    return order.index(name), -int(steps), path.parent.name
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("experiment", choices=["claims", "samplers"])
+    parser.add_argument("--results", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--docs", type=Path, default=Path("docs/results"), help="folder to write")
+    main(parser.parse_args())
