@@ -4,7 +4,6 @@ They read samples as an independent witness, and give the features by which smal
 judged where Inception's mean nothing.
 """
 
-import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +15,8 @@ from tqdm import tqdm
 from checkpoint import atomic_write
 from data import ImageDataset, load_dataset
 
-EPOCHS = {"digits": 40, "fashion-mnist": 4}
+EPOCHS = {"digits": 40, "fashion-mnist": 3}
+SIZES = {"digits": 16, "fashion-mnist": 32}  # pixels that the network looks at
 FORMAT = 2  # of the cached files
 
 
@@ -29,23 +29,24 @@ class Features(NamedTuple):
 
 
 class SmallCNN(nn.Module):
-    """Classifier of small gray images, which are enlarged to 32 pixels."""
+    """Classifier of small gray images, which are scaled to `size` pixels."""
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, size: int) -> None:
         def stage(c_in: int, c_out: int) -> list[nn.Module]:
             conv = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
             return [conv, nn.BatchNorm2d(c_out), nn.ReLU(), nn.MaxPool2d(2)]
 
         super().__init__()
+        self.size = size
         self.stages = nn.Sequential(*stage(1, 32), *stage(32, 64), *stage(64, 128))
-        self.hidden = nn.Sequential(nn.Flatten(), nn.Linear(128 * 16, 128), nn.ReLU())
+        self.hidden = nn.Sequential(nn.Flatten(), nn.Linear(2 * size**2, 128), nn.ReLU())
         self.head = nn.Sequential(nn.Dropout(0.3), nn.Linear(128, num_classes))
 
     def features(self, images: Tensor) -> Features:
         """Look at images (N, 1, S, S) in [-1, 1]; 7 of 128 channels are kept with positions."""
-        if images.shape[-1] != 32:
-            images = F.interpolate(images, size=(32, 32), mode="bilinear", align_corners=False)
-        maps = self.stages(images)  # (N, 128, 4, 4)
+        if images.shape[-1] != self.size:
+            images = F.interpolate(images, size=(self.size, self.size), mode="bilinear")
+        maps = self.stages(images)  # (N, 128, size / 8, size / 8)
         pool = self.hidden(maps)
         return Features(pool, maps[:, :7].flatten(1), self.head(pool))
 
@@ -75,7 +76,7 @@ def load_classifier(name: str, cache: Path, fashion_mnist_root: str | None = Non
     if name not in EPOCHS:
         raise ValueError(f"there are classifiers for {' and '.join(EPOCHS)}, not for {name}")
     path = cache / f"{name}.pt"
-    model = SmallCNN(10)
+    model = SmallCNN(10, SIZES[name])
     saved = torch.load(path, weights_only=True) if path.exists() else {}
     if saved.get("format") == FORMAT:
         model.load_state_dict(saved["model"])
@@ -84,7 +85,7 @@ def load_classifier(name: str, cache: Path, fashion_mnist_root: str | None = Non
     def split(part: str) -> tuple[Tensor, Tensor]:
         return load_all(load_dataset(name, split=part, fashion_mnist_root=fashion_mnist_root))
 
-    train_classifier(model, *split("train"), num_epochs=EPOCHS[name], mirror=name != "digits")
+    train_classifier(model, *split("train"), num_epochs=EPOCHS[name], shift=name == "digits")
     images, labels = split("test")
     accuracy = (predict(model, images) == labels).float().mean().item()
     saved = {"format": FORMAT, "model": model.state_dict(), "accuracy": accuracy}
@@ -110,17 +111,17 @@ def train_classifier(
     labels: Tensor,
     *,
     num_epochs: int,
-    mirror: bool,
+    shift: bool,
     seed: int = 0,
 ) -> None:
-    """Train with AdamW, a one-cycle rate, batches of 128 and shifts by up to a sixteenth.
+    """Train with AdamW, a one-cycle rate and batches of 128, changed at random.
 
     Args:
         model: maps images to logits; left in eval mode.
         images: (n, 1, S, S) in [-1, 1].
         labels: (n,).
         num_epochs: passes over the images.
-        mirror: also mirror half of the images.
+        shift: move each batch by up to one pixel; else mirror half of the images.
         seed: of the weights, the order and the changes.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -133,7 +134,6 @@ def train_classifier(
     steps = num_epochs * (len(images) // batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
-    reach = math.ceil(images.shape[-1] / 16)  # pixels
     model.train()
     with tqdm(total=steps, desc="classifier") as bar, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # of dropout
@@ -141,10 +141,12 @@ def train_classifier(
             order = torch.randperm(len(images), generator=generator)
             for index in order[: len(order) // batch_size * batch_size].split(batch_size):
                 batch = images[index]
-                dy, dx = torch.randint(-reach, reach + 1, (2,), generator=generator).tolist()
-                batch = batch.roll((dy, dx), dims=(-2, -1))
-                if mirror and torch.rand((), generator=generator) < 0.5:
-                    batch = batch.flip(-1)
+                if shift:
+                    offsets = torch.randint(-1, 2, (2,), generator=generator).tolist()
+                    batch = batch.roll(offsets, dims=(-2, -1))
+                else:
+                    mirrored = torch.rand(len(batch), 1, 1, 1, generator=generator) < 0.5
+                    batch = torch.where(mirrored, batch.flip(-1), batch)
                 loss = F.cross_entropy(model(batch), labels[index])
                 optimizer.zero_grad()
                 loss.backward()
