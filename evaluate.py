@@ -248,6 +248,8 @@ def open_images(path: str, args: argparse.Namespace, split: str = "train") -> Im
     if path.endswith(".npz"):
         return NpzSet(Path(path))
     named = path in EPOCHS
+    if not named and not Path(path).is_dir():
+        raise ValueError(f"{path}: not a folder, an .npz, or one of {', '.join(EPOCHS)}")
     dataset = load_dataset(
         path,
         image_size=None if named else args.image_size,
@@ -258,13 +260,13 @@ def open_images(path: str, args: argparse.Namespace, split: str = "train") -> Im
 
 
 def reference_statistics(
-    path: str, extractor: Extractor, args: argparse.Namespace, run: runtime.Runtime
+    real: ImageSet, extractor: Extractor, args: argparse.Namespace, run: runtime.Runtime
 ) -> Statistics | None:
-    """Return the statistics of the reference, from the cache if they are there; main rank only.
+    """Return the statistics of `--reference`, from the cache if they are there; main rank only.
 
     An .npz that brings its moments, as ADM's do, is used with these.
     """
-    real = open_images(path, args)
+    path = args.reference
     source = Path(path).resolve() if Path(path).exists() else path
     key = f"{source} {len(real)} {args.image_size} {extractor.identity}"
     cached = Path(args.cache) / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
@@ -315,7 +317,7 @@ def evaluate(args: argparse.Namespace, run: runtime.Runtime) -> dict[str, Any]:
     if args.reference is None:
         raise ValueError("--reference: give the real images; nothing here says them")
     args.fashion_mnist_root = args.fashion_mnist_root or settings.get("fashion_mnist_root")
-    named = args.reference in EPOCHS
+    reference, named = open_images(args.reference, args), args.reference in EPOCHS
     classifier: Classifier | None = None
     if named:
         if run.is_main:  # trains it, if it must
@@ -340,7 +342,7 @@ def evaluate(args: argparse.Namespace, run: runtime.Runtime) -> dict[str, Any]:
         path = Path(args.images)
         sets[path.name] = NpzSet(path) if path.suffix == ".npz" else FolderSet(path)
 
-    real = reference_statistics(args.reference, extractor, args, run)
+    real = reference_statistics(reference, extractor, args, run)
     columns: dict[str, dict[str, float]] = {}
     for name, images in sets.items():
         found = collect(images, extractor, args, run)

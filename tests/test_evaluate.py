@@ -1,0 +1,246 @@
+"""evaluate.py: which samples it draws, on how many ranks, after a kill; what it says of them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from launch import Process, torchrun
+
+import classifiers
+import evaluate
+from checkpoint import save_safetensors
+from classifiers import load_classifier
+from image_sets import NpzSet, save_npz
+from models import DiT, DiTConfig
+
+TINY = DiTConfig(
+    input_size=8,  # digits
+    patch_size=4,
+    in_channels=1,
+    hidden_size=16,
+    depth=1,
+    num_heads=2,
+    mlp_ratio=1.0,
+    num_classes=10,
+    num_experts=4,
+    num_experts_per_tok=2,
+)
+SETTINGS = {"vae_path": "none", "data_path": "digits", "image_size": 8}
+FD = "FD (classifier features)"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a model of each objective and a cache with a quick classifier."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    torch.manual_seed(0)
+    model = DiT(TINY)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    for objective in ("rf", "ddpm"):
+        settings = {**SETTINGS, "objective": objective}
+        save_safetensors(folder / f"{objective}.safetensors", model.state_dict(), TINY, settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(classifiers.EPOCHS, "digits", 1)
+        load_classifier("digits", folder / "cache")
+    return folder
+
+
+def flags(folder: Path, out: Path, *more: str) -> list[str]:
+    source = [] if "--ckpt" in more or "--images" in more else ["--ckpt", "rf"]
+    words = [*source, *more]
+    if "--ckpt" in words:
+        position = words.index("--ckpt") + 1
+        words[position] = str(folder / f"{words[position]}.safetensors")
+        words += ["--num-samples", "23", "--num-sampling-steps", "2", "--dtype", "fp32"]
+    common = ["--cache", str(folder / "cache"), "--batch-size", "5", "--out", str(out)]
+    return [*common, *words]
+
+
+def run(folder: Path, out: Path, *more: str) -> dict:
+    """Run evaluate.py in this process; returns its metrics.json."""
+    evaluate.main(evaluate.build_parser().parse_args(flags(folder, out, *more)))
+    return json.loads((out / "metrics.json").read_text())
+
+
+def samples(out: Path, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    with np.load(out / f"seed{seed}.npz") as file:
+        return file["arr_0"], file["arr_1"]
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Path:
+    run(folder, folder / "whole")
+    return folder / "whole"
+
+
+def test_every_class_gets_its_share_and_the_file_is_what_adm_reads(whole: Path) -> None:
+    images, labels = samples(whole)
+    assert images.shape == (23, 8, 8, 1) and images.dtype == np.uint8
+    assert np.bincount(labels).tolist() == [3, 3, 3, 2, 2, 2, 2, 2, 2, 2]
+    names = sorted(path.name for path in whole.iterdir())
+    assert names == ["metrics.json", "seed0.json", "seed0.npz", "seed0.png"]
+
+
+@pytest.mark.parametrize(("objective", "sampler"), [("rf", "heun"), ("ddpm", "ddpm")])
+def test_samples_do_not_depend_on_the_batch_size(
+    objective: str, sampler: str, folder: Path, tmp_path: Path
+) -> None:
+    choice = ("--ckpt", objective, "--sampler", sampler)
+    run(folder, tmp_path / "5", *choice)
+    run(folder, tmp_path / "23", *choice, "--batch-size", "23")
+    one, other = (samples(tmp_path / name)[0].astype(int) for name in ("5", "23"))
+    assert np.abs(one - other).max() <= 1  # rounding of a value at the border of two
+    assert (one != other).mean() < 0.01
+
+
+def test_two_ranks_draw_and_measure_what_one_does(
+    whole: Path, folder: Path, tmp_path: Path
+) -> None:
+    command = torchrun("evaluate.py", *flags(folder, tmp_path / "out"))
+    Process(command, tmp_path / "log").wait()
+    assert np.array_equal(samples(tmp_path / "out")[0], samples(whole)[0])
+    one, two = (
+        json.loads((path / "metrics.json").read_text()) for path in (whole, tmp_path / "out")
+    )
+    for name, value in one["values"]["seed 0"].items():
+        if name != "seconds per sample":
+            assert two["values"]["seed 0"][name] == pytest.approx(value, rel=1e-9), name
+    assert two["facts"] == pytest.approx(one["facts"], rel=1e-6)
+
+
+def test_a_killed_run_goes_on_to_the_same_samples_and_values(
+    whole: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn, draw = [], evaluate.Sampler.draw
+
+    def stop_after_two(self, seed, first, stop):
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(first)
+        return draw(self, seed, first, stop)
+
+    monkeypatch.setattr(evaluate.Sampler, "draw", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, tmp_path)
+    assert not (tmp_path / "seed0.npz").exists()
+    monkeypatch.setattr(evaluate.Sampler, "draw", draw)
+    counted = []
+    monkeypatch.setattr(
+        evaluate.Sampler, "draw", lambda *given: counted.append(given[2]) or draw(*given)
+    )
+    found = run(folder, tmp_path)
+    assert drawn == [0, 5] and counted == [10, 15, 20]
+    assert np.array_equal(samples(tmp_path)[0], samples(whole)[0])
+    expected = json.loads((whole / "metrics.json").read_text())["values"]["seed 0"]
+    assert found["values"]["seed 0"][FD] == expected[FD]
+
+
+def test_samples_of_another_command_are_not_taken_for_these(
+    whole: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match=r"holds samples with cfg_scale 1\.5, this command has 2"):
+        run(folder, whole, "--cfg-scale", "2")
+
+
+def test_several_seeds_are_shown_with_mean_and_deviation(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = run(folder, tmp_path, "--num-seeds", "3")["values"]
+    values = [found[f"seed {seed}"][FD] for seed in range(3)]
+    assert len(set(values)) == 3
+    table = capsys.readouterr().out.splitlines()
+    row = next(line for line in table if line.startswith(FD)).removeprefix(FD).split()
+    expected = [*values, np.mean(values), np.std(values, ddof=1)]
+    assert [float(cell) for cell in row] == pytest.approx(expected, abs=1e-4)
+    assert table[0].split() == ["seed", "0", "seed", "1", "seed", "2", "mean", "std"]
+
+
+def test_an_npz_is_judged_as_the_samples_it_holds(
+    whole: Path, folder: Path, tmp_path: Path
+) -> None:
+    found = run(folder, tmp_path, "--images", str(whole / "seed0.npz"), "--reference", "digits")
+    expected = json.loads((whole / "metrics.json").read_text())["values"]["seed 0"]
+    assert found["values"]["seed0.npz"][FD] == pytest.approx(expected[FD], rel=1e-9)
+
+
+def test_real_images_are_at_no_distance_and_others_at_the_floor(
+    folder: Path, tmp_path: Path
+) -> None:
+    digits = classifiers.load_dataset("digits", split="train")
+    pixels = digits.pixels(torch.arange(len(digits)))
+    save_npz(tmp_path / "real.npz", len(digits), iter([pixels]), digits.labels)
+    images = ("--images", str(tmp_path / "real.npz"), "--reference", "digits")
+    found = run(folder, tmp_path / "out", *images)
+    values = found["values"]["real.npz"]
+    assert values[FD] == pytest.approx(0.0, abs=1e-6) and values["precision"] == 1.0
+    assert found["facts"][f"{FD} of 300 other real images"] > 10 * values[FD]
+
+
+def test_reference_statistics_are_computed_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(folder, tmp_path / "one")
+    looked, collect = [], evaluate.collect
+    monkeypatch.setattr(
+        evaluate,
+        "collect",
+        lambda images, *rest: looked.append(images.name) or collect(images, *rest),
+    )
+    run(folder, tmp_path / "two")
+    assert "digits train" not in looked and "digits test" in looked
+
+
+def test_moments_that_a_reference_brings_are_used_and_need_inception(
+    folder: Path, whole: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "adm.npz"
+    moments = {"mu": np.zeros(2), "sigma": np.eye(2), "mu_s": np.zeros(2), "sigma_s": np.eye(2)}
+    np.savez(path, samples(whole)[0], **moments)
+    args = evaluate.build_parser().parse_args(["--reference", str(path), "--cache", str(tmp_path)])
+    run_ = evaluate.runtime.setup()
+
+    class Two:
+        name, identity = "", "two"
+
+        def __call__(self, images):
+            rows = images.float().flatten(1)[:, :2]
+            return classifiers.Features(rows, rows, rows)
+
+    found = evaluate.reference_statistics(NpzSet(path), Two(), args, run_)
+    assert found is not None and np.array_equal(found.pool["sigma"], np.eye(2))
+    assert len(found.rows) == 23
+    Two.name = Two.identity = "else"
+    with pytest.raises(ValueError, match="its moments need --features inception"):
+        evaluate.reference_statistics(NpzSet(path), Two(), args, run_)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--images", "a.npz", "--ckpt", "rf"], "--ckpt or --images: give one of them"),
+        (["--images", "none.npz"], "--reference: give the real images"),
+        (["--ckpt", "rf", "--image-size", "16"], "--image-size 16: .* has 8"),
+        (["--ckpt", "rf", "--sampler", "ddim"], "sampler must be one of euler, heun"),
+        (
+            ["--ckpt", "rf", "--reference", "nowhere"],
+            "nowhere: not a folder, an .npz, or one of digits",
+        ),
+        (
+            ["--ckpt", "rf", "--features", "inception", "--inception-weights", "nowhere"],
+            "--inception-weights: nowhere does not load",
+        ),
+    ],
+)
+def test_wrong_flags_are_named(more: list[str], message: str, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=message):
+        run(folder, tmp_path, *more)
+
+
+def test_the_loss_of_a_model_is_the_same_for_any_sampler(folder: Path, tmp_path: Path) -> None:
+    name = "loss on test images"
+    one = run(folder, tmp_path / "1", "--sampler", "euler")["facts"][name]
+    assert run(folder, tmp_path / "2", "--sampler", "heun")["facts"][name] == one > 0
