@@ -116,8 +116,10 @@ class Sampler:
 
     def identity(self, seed: int) -> dict[str, Any]:
         """Return all that decides the samples of a seed."""
-        names = ("ema", "num_samples", "batch_size", "sampler", "num_sampling_steps")
-        names = (*names, "cfg_scale", "cfg_channels", "cfg_interval")
+        names = (
+            *("ema", "num_samples", "batch_size", "sampler", "num_sampling_steps"),
+            *("cfg_scale", "cfg_channels", "cfg_interval"),
+        )
         chosen = {name: getattr(self.args, name) for name in names}
         dtype = str(next(self.model.parameters()).dtype)
         return {

@@ -124,8 +124,9 @@ def _map_member(path: Path, member: str) -> np.ndarray:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else None
         shape, fortran, dtype = (read or np.lib.format.read_array_header_2_0)(file)
-        order = "F" if fortran else "C"
-        return np.memmap(path, dtype, "r", offset=file.tell(), shape=shape, order=order)
+        if fortran:
+            raise ValueError("column-major arrays are not images")
+        return np.memmap(path, dtype, "r", offset=file.tell(), shape=shape)
 
 
 def save_npz(path: Path, num_images: int, batches: Iterator[Tensor], labels: Tensor) -> None:

@@ -115,25 +115,22 @@ def test_two_ranks_draw_and_measure_what_one_does(
 def test_a_killed_run_goes_on_to_the_same_samples_and_values(
     whole: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn, draw = [], evaluate.Sampler.draw
+    drawn: list[int] = []
+    draw = evaluate.Sampler.draw
 
-    def stop_after_two(self, seed, first, stop):
-        if len(drawn) == 2:
+    def count(self, seed, first, stop):
+        if len(drawn) == 2 and stop <= 15:
             raise KeyboardInterrupt
         drawn.append(first)
         return draw(self, seed, first, stop)
 
-    monkeypatch.setattr(evaluate.Sampler, "draw", stop_after_two)
+    monkeypatch.setattr(evaluate.Sampler, "draw", count)
     with pytest.raises(KeyboardInterrupt):
         run(folder, tmp_path)
-    assert not (tmp_path / "seed0.npz").exists()
-    monkeypatch.setattr(evaluate.Sampler, "draw", draw)
-    counted = []
-    monkeypatch.setattr(
-        evaluate.Sampler, "draw", lambda *given: counted.append(given[2]) or draw(*given)
-    )
+    assert drawn == [0, 5] and not (tmp_path / "seed0.npz").exists()
+    drawn.append(-1)  # from here on it is not stopped
     found = run(folder, tmp_path)
-    assert drawn == [0, 5] and counted == [10, 15, 20]
+    assert drawn == [0, 5, -1, 10, 15, 20]
     assert np.array_equal(samples(tmp_path)[0], samples(whole)[0])
     expected = json.loads((whole / "metrics.json").read_text())["values"]["seed 0"]
     assert found["values"]["seed 0"][FD] == expected[FD]
@@ -184,12 +181,14 @@ def test_reference_statistics_are_computed_once(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(folder, tmp_path / "one")
-    looked, collect = [], evaluate.collect
-    monkeypatch.setattr(
-        evaluate,
-        "collect",
-        lambda images, *rest: looked.append(images.name) or collect(images, *rest),
-    )
+    looked: list[str] = []
+    collect = evaluate.collect
+
+    def look(images, *rest):
+        looked.append(images.name)
+        return collect(images, *rest)
+
+    monkeypatch.setattr(evaluate, "collect", look)
     run(folder, tmp_path / "two")
     assert "digits train" not in looked and "digits test" in looked
 
@@ -199,7 +198,7 @@ def test_moments_that_a_reference_brings_are_used_and_need_inception(
 ) -> None:
     path = tmp_path / "adm.npz"
     moments = {"mu": np.zeros(2), "sigma": np.eye(2), "mu_s": np.zeros(2), "sigma_s": np.eye(2)}
-    np.savez(path, samples(whole)[0], **moments)
+    np.savez(path, samples(whole)[0], **moments)  # type: ignore[arg-type]
     args = evaluate.build_parser().parse_args(["--reference", str(path), "--cache", str(tmp_path)])
     run_ = evaluate.runtime.setup()
 

@@ -53,13 +53,13 @@ def save_folder(images: Tensor, folder: Path) -> str:
     return str(folder)
 
 
-def library_values(one: str, other: str, extractor: str, **options) -> dict[str, float]:
+def library_values(folders: list[str], extractor: str, **options) -> dict[str, float]:
     """Return what torch-fidelity itself computes from two folders."""
     import torch_fidelity
 
     return torch_fidelity.calculate_metrics(
-        input1=one,
-        input2=other,
+        input1=folders[0],
+        input2=folders[1],
         feature_extractor=extractor,
         fid=True,
         isc=True,
@@ -114,7 +114,7 @@ def test_the_distances_are_those_of_the_library_on_the_same_images(tmp_path: Pat
     one, other = some_images(200, 1), some_images(150, 2)
     folders = [save_folder(one, tmp_path / "one"), save_folder(other, tmp_path / "other")]
     values = compare(statistics_of(one, ours), statistics_of(other, ours), ours.name)
-    assert_equal_to_library(values, library_values(*folders, "small"), ours.name)
+    assert_equal_to_library(values, library_values(folders, "small"), ours.name)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_fid_of_inception_is_the_librarys_own(inception_weights: str, tmp_path: 
     folders = [save_folder(one, tmp_path / "one"), save_folder(other, tmp_path / "other")]
     values = compare(statistics_of(one, ours), statistics_of(other, ours), ours.name)
     library = library_values(
-        *folders, "inception-v3-compat", feature_extractor_weights_path=inception_weights
+        folders, "inception-v3-compat", feature_extractor_weights_path=inception_weights
     )
     assert_equal_to_library(values, library, "")
 
