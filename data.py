@@ -9,6 +9,7 @@ Shape letters: N batch, C channels, S image size, H W latent size, n samples in 
 
 import gzip
 import itertools
+import json
 import math
 import os
 import re
@@ -33,7 +34,8 @@ FASHION_MNIST_CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
                          "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 # fmt: on
 ACCEPTED_DATA = (
-    "It accepts 'digits', 'fashion-mnist' or a folder with one subfolder of images per class"
+    "It accepts 'digits', 'fashion-mnist', a folder with one subfolder of images per class, or "
+    "what encode_latents.py made of one"
 )
 DIGITS_NUM_TEST = 300
 DECODE_CHUNK_PIXELS = 16 * 32 * 32  # latent pixels decoded at once: 16 images of 256 px
@@ -99,6 +101,10 @@ class ImageDataset(Dataset):
         if flips.any():
             pixels = torch.where(flips.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
         return pixels.float() / 127.5 - 1, self.labels[indices]
+
+    def latents(self, batch: Tensor, vae: "VAE | Pixels") -> Tensor:
+        """Return the latents (N, C, H, W) of a batch of `__getitems__`, on the batch's device."""
+        return vae.encode(batch)
 
 
 class TensorImages(ImageDataset):
@@ -172,7 +178,8 @@ def load_dataset(
     """Open a dataset.
 
     Args:
-        data_path: "digits" (8 px), "fashion-mnist" (28 px, padded to 32) or an image folder.
+        data_path: "digits" (8 px), "fashion-mnist" (28 px, padded to 32), an image folder, or a
+            latent cache, which means the folder that it was made of.
         image_size: pixels; default 256 for a folder, the dataset's own size otherwise.
         split: "train" or "test"; "digits" also has "all"; a folder is one split, "train".
         fashion_mnist_root: folder of the four idx files; default: Debian's, else a download.
@@ -188,6 +195,8 @@ def load_dataset(
         hint = "" if name in splits else " (give the path of another split's folder instead)"
         raise ValueError(f"split {split!r} of --data-path {name}: accepted {accepted}{hint}")
     if name not in splits:
+        if (index := cache_index(name)) is not None:
+            name, image_size = index["data_path"], image_size or index["image_size"]
         if not Path(name).is_dir():
             raise ValueError(f"--data-path {name} is not a folder. {ACCEPTED_DATA}")
         return FolderImages(Path(name), image_size or 256, flip is not False)
@@ -200,6 +209,12 @@ def load_dataset(
     if image_size not in (None, dataset.image_size):
         raise ValueError(f"--image-size {image_size}: {name} has {dataset.image_size} pixels")
     return dataset
+
+
+def cache_index(path: str | Path) -> dict[str, Any] | None:
+    """Return the index of a latent cache, None for any other path; see latent_cache.py."""
+    file = Path(path) / "index.json"
+    return json.loads(file.read_text()) if file.is_file() else None
 
 
 def _load_digits(split: str, flip: bool) -> TensorImages:
@@ -412,8 +427,7 @@ class VAE:
             images: in [-1, 1].
             generator: on the images' device; default: its global one.
         """
-        mean, std = self.moments(images)
-        return mean + std * torch.randn(mean.shape, generator=generator, device=mean.device)
+        return draw_latents(*self.moments(images), generator)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -423,6 +437,11 @@ class VAE:
         with torch.autocast(codes.device.type, enabled=False):
             images = [self.model.decode(part).sample for part in codes.split(chunk)]
         return torch.cat(images).clamp(-1, 1)
+
+
+def draw_latents(mean: Tensor, std: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draw latents (N, C, H, W) fp32 from their mean and deviation, with fresh noise."""
+    return mean + std * torch.randn(mean.shape, generator=generator, device=mean.device)
 
 
 def load_vae(

@@ -226,9 +226,9 @@ def latent_batches(job: Job, start_step: int) -> Iterator[Batch]:
         num_workers=job.args.num_workers,
         pin_memory=job.rt.device.type == "cuda",
     )
-    for images, labels in loader:
-        images = images.to(job.rt.device, non_blocking=True)
-        yield job.vae.encode(images), labels.to(job.rt.device, non_blocking=True), {}
+    for batch, labels in loader:
+        latents = job.dataset.latents(batch.to(job.rt.device, non_blocking=True), job.vae)
+        yield latents, labels.to(job.rt.device, non_blocking=True), {}
 
 
 def launch(

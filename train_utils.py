@@ -24,11 +24,13 @@ from data import (
     FolderImages,
     ImageDataset,
     Pixels,
+    cache_index,
     load_dataset,
     load_vae,
 )
 from diffusion import Diffusion, create_diffusion
 from flags import FlagParser, flag, number
+from latent_cache import CachedLatents, open_cache
 from layouts import to_ours
 from models import DiT, DiT_models, DiTConfig, initialize_parameter
 from runtime import Runtime
@@ -50,7 +52,7 @@ def build_parser(docstring: str | None) -> FlagParser:
     count, share = number(int, 1), number(float, 0, 1)
 
     data = parser.group("Data")
-    data.add("--data-path", required=True, help="image folder, 'digits' or 'fashion-mnist'")
+    data.add("--data-path", required=True, help="image folder, its latents, digits, fashion-mnist")
     data.add("--image-size", type=count, help="pixels; default 256, or the embedded data's own")
     data.add("--fashion-mnist-root", help="folder of the idx files; default: Debian's, ./data")
     data.add("--flip", default=None, **flag, help="mirror at random; default: only image folders")
@@ -149,7 +151,7 @@ def resolve_settings(args: argparse.Namespace, rt: Runtime, dataset: ImageDatase
     if args.precision == "fp16" and rt.device.type == "cpu":
         logging.warning("--precision fp16 has no fast kernels on a CPU: expect a crawl")
     if args.num_workers is None:
-        args.num_workers = 4 if isinstance(dataset, FolderImages) else 0
+        args.num_workers = 4 if isinstance(dataset, FolderImages | CachedLatents) else 0
     steps_per_epoch = max(len(dataset) // args.global_batch_size, 1)
     args.max_steps = min(args.epochs * steps_per_epoch, args.max_steps or 10**12)
 
@@ -167,6 +169,29 @@ class Job(NamedTuple):
     run_dir: Path
 
 
+def open_data(args: argparse.Namespace, rt: Runtime) -> tuple[ImageDataset, VAE | Pixels]:
+    """Open the images, or the latent cache, and the VAE; fills in what `args` leave open."""
+    dataset: ImageDataset
+    if cache_index(args.data_path) is not None:
+        dataset, vae, args.vae_path = open_cache(
+            Path(args.data_path),
+            image_size=args.image_size,
+            flip=args.flip,
+            vae_path=args.vae_path,
+            device=rt.device,
+        )
+        resolve_settings(args, rt, dataset)
+        return dataset, vae
+    dataset = load_dataset(
+        args.data_path,
+        image_size=args.image_size,
+        fashion_mnist_root=args.fashion_mnist_root,
+        flip=args.flip,
+    )
+    resolve_settings(args, rt, dataset)
+    return dataset, load_vae(args.vae_path, device=rt.device)
+
+
 def prepare(args: argparse.Namespace, *, meta: bool = False) -> Job:
     """Join the process group, open the data and build the model; no file is written.
 
@@ -180,14 +205,7 @@ def prepare(args: argparse.Namespace, *, meta: bool = False) -> Job:
     rt = runtime.setup()
     level = logging.INFO if rt.is_main else logging.WARNING
     logging.basicConfig(level=level, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S")
-    dataset = load_dataset(
-        args.data_path,
-        image_size=args.image_size,
-        fashion_mnist_root=args.fashion_mnist_root,
-        flip=args.flip,
-    )
-    resolve_settings(args, rt, dataset)
-    vae = load_vae(args.vae_path, device=rt.device)
+    dataset, vae = open_data(args, rt)
     model = build_model(args, vae.channels or dataset.channels, vae.downsample)
     if not meta and not args.dry_run:
         weights = initial_weights(args, {n: p.shape for n, p in model.named_parameters()})

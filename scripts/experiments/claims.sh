@@ -51,12 +51,12 @@ for seed in ${SEEDS:-0 1 2}; do
   for name in $variants; do echo "$name $seed"; done
 done | xargs -P 2 -L 1 bash -euo pipefail -c 'variant "$@"' _
 
-# Few steps of a sampler each: 50 network evaluations a sample without guidance.
+# Few steps of a sampler each: 25 network evaluations a sample without guidance.
 judge() { # run folder
   local sampler="euler"
   [[ "$1" == */ddpm-* ]] && sampler="ddim"
   [ -e "$1/metrics.json" ] || python evaluate.py --ckpt "$1" --out "$1" --num-samples 1000 \
-    --sampler "$sampler" --num-sampling-steps 50 --cfg-scale 1 >>"$1.log" 2>&1
+    --sampler "$sampler" --num-sampling-steps 25 --cfg-scale 1 >>"$1.log" 2>&1
 }
 export -f judge
 python -c "

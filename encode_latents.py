@@ -1,0 +1,260 @@
+"""Encode an image folder once: a latent cache that trains as the images do, without the VAE's time.
+
+    python encode_latents.py --data-path IMAGES --vae-path V --out IMAGES-latents
+    torchrun --nproc_per_node=8 encode_latents.py --data-path IMAGES --vae-path V --out LATENTS
+    torchrun --nproc_per_node=8 train.py --data-path LATENTS --model DiT-S/2 --rf
+
+Keeps the mean and deviation that the VAE gives for each image and for its mirror, so that training
+draws fresh noise and flips as it does from images: the same seed gives the same batches. Ranks
+share the shards; the same command continues where it stopped. Unreadable images are listed at the
+end.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import runtime
+from checkpoint import atomic_write
+from data import VAE, FolderImages, cache_index, load_dataset, load_vae
+from flags import FlagParser, number
+from latent_cache import (
+    DTYPES,
+    CachedLatents,
+    from_stored,
+    plan,
+    shard_path,
+    to_stored,
+    write_index,
+)
+
+NUM_CHECKED = 8  # images that are encoded again at the end
+FLAGS = {  # entry of the index -> flag that decides it
+    "files": "--data-path",
+    "num_images": "--data-path",
+    "image_size": "--image-size",
+    "vae": "--vae-path",
+    "dtype": "--dtype",
+    "shard_size": "--shard-size",
+}
+
+
+def build_parser() -> FlagParser:
+    """Return the parser of this script's flags."""
+    parser = FlagParser(__doc__)
+    data = parser.group("Data")
+    data.add("--data-path", required=True, help="image folder, one subfolder a class")
+    data.add("--image-size", type=number(int, 8), default=256, help="pixels")
+    data.add("--vae-path", default="stabilityai/sd-vae-ft-ema", help="folder or hub id")
+    data.add("--out", required=True, help="folder of the cache")
+    data.add("--dtype", choices=list(DTYPES), default="float16", help="of the cache")
+    data.add("--shard-size", type=number(int, 1), default=4096, help="images a file")
+
+    work = parser.group("Run")
+    work.add("--batch-size", type=number(int, 1), default=32, help="images at once")
+    work.add("--num-workers", type=number(int, 0), default=4, help="loaders per rank")
+    return parser
+
+
+class _Readable(Dataset):
+    """The images of a folder in uint8, and for a broken file its error instead."""
+
+    def __init__(self, dataset: FolderImages) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Tensor | str:
+        try:
+            return self.dataset.pixels(torch.tensor([index]))[0]
+        except ValueError as error:
+            return str(error)
+
+
+def _as_list(batch: list[Any]) -> list[Any]:
+    return batch
+
+
+def both_moments(vae: VAE, pixels: Tensor) -> Tensor:
+    """Encode images (N, 3, S, S) uint8 and their mirrors; returns (N, 2, 2, C, H, W) fp32."""
+    images = pixels.float() / 127.5 - 1
+    halves = [torch.stack(vae.moments(half), dim=1) for half in (images, images.flip(-1))]
+    return torch.stack(halves, dim=1).cpu()
+
+
+class Encoder:
+    """Writes the shards of one rank."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        dataset: FolderImages,
+        vae: VAE,
+        index: dict[str, Any],
+        run: runtime.Runtime,
+    ) -> None:
+        self.args, self.dataset, self.vae, self.index, self.run = args, dataset, vae, index, run
+        self.folder = Path(args.out)
+
+    def encode_shards(self) -> None:
+        """Encode this rank's shards that are not there yet."""
+        size, run = self.index["shard_size"], self.run
+        num_shards = -(-len(self.dataset) // size)
+        mine = range(run.rank, num_shards, run.world_size)
+        total = sum(min(size, len(self.dataset) - shard * size) for shard in mine)
+        with tqdm(total=total, desc="encode", unit="image", disable=not run.is_main) as bar:
+            for shard in mine:
+                rows = range(shard * size, min((shard + 1) * size, len(self.dataset)))
+                if shard_path(self.folder, shard).exists():
+                    bar.update(len(rows))
+                else:
+                    self._encode_shard(shard, rows, bar)
+
+    def _encode_shard(self, shard: int, rows: Sequence[int], bar: tqdm) -> None:
+        stored = DTYPES[self.index["dtype"]][1]
+        out = np.zeros((len(rows), 2, 2, *self.index["latent_shape"]), stored)
+        bad = []
+        loader = DataLoader(
+            _Readable(self.dataset),
+            batch_size=self.args.batch_size,
+            sampler=rows,
+            collate_fn=_as_list,
+            num_workers=self.args.num_workers,
+        )
+        first = 0
+        for batch in loader:
+            for position, item in enumerate(batch):
+                if isinstance(item, str):
+                    bad.append({"index": rows[first + position], "error": item})
+            good = [i for i, item in enumerate(batch) if not isinstance(item, str)]
+            if good:
+                pixels = torch.stack([batch[i] for i in good]).to(self.run.device)
+                moments = both_moments(self.vae, pixels)
+                out[[first + i for i in good]] = to_stored(moments, self.index["dtype"])
+            first += len(batch)
+            bar.update(len(batch))
+        path = shard_path(self.folder, shard)
+        with atomic_write(path.with_suffix(".bad.json")) as temp:  # before the shard: it is done
+            temp.write_text(json.dumps(bad))
+        with atomic_write(path) as temp, open(temp, "wb") as file:
+            np.save(file, out)
+
+    def finish(self) -> None:
+        """Join what all ranks found, once all shards are there; main rank only."""
+        lists = sorted(self.folder.glob("shard-*.bad.json"))
+        self.index["bad"] = [entry for path in lists for entry in json.loads(path.read_text())]
+        if len(self.index["bad"]) == len(self.dataset):
+            raise ValueError(f"--data-path {self.args.data_path}: no image of it can be read")
+        with atomic_write(self.folder / "labels.npy") as temp, open(temp, "wb") as file:
+            np.save(file, self.dataset.labels.numpy())
+        self.index["complete"] = True
+        write_index(self.folder, self.index)
+        for path in lists:
+            path.unlink()
+
+    def check(self) -> float:
+        """Encode some images again; returns the largest difference from the cache.
+
+        Raises:
+            ValueError: it is larger than the cache's precision explains.
+        """
+        cache = CachedLatents(self.folder)
+        generator = torch.Generator().manual_seed(0)
+        chosen = torch.randperm(len(cache), generator=generator)[:NUM_CHECKED].tolist()
+        pixels = self.dataset.pixels(torch.from_numpy(cache.rows[chosen])).to(self.run.device)
+        halves = [cache.moments([(i, flip) for i in chosen]) for flip in (False, True)]
+        found, expected = torch.stack(halves, dim=1), both_moments(self.vae, pixels)
+        rounded = from_stored(to_stored(expected, self.index["dtype"]), self.index["dtype"])
+        tolerance = 1e-3 + 2e-2 * expected.abs()  # other batches, other kernels
+        if ((found - rounded).abs() > tolerance).any():
+            raise ValueError(
+                f"--out {self.folder}: images encoded again are not what the cache has; delete it "
+                "and encode anew"
+            )
+        return (found - expected).abs().max().item()
+
+
+def open_index(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Return the index of a cache that was begun, else the one that is wanted.
+
+    Raises:
+        ValueError: what was begun is not what is wanted.
+    """
+    found = cache_index(folder)
+    if found is None:
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"--out {folder} exists and is not a latent cache; choose another")
+        return wanted
+    for name, name_of_flag in FLAGS.items():
+        if found.get(name) != wanted[name]:
+            shown = "vae_path" if name == "vae" else name
+            raise ValueError(
+                f"--out {folder} was begun with {shown} {found.get(shown)}, now {name_of_flag} "
+                f"means {wanted[shown]}: give another --out, or delete it"
+            )
+    return found
+
+
+def encode(args: argparse.Namespace, run: runtime.Runtime) -> str:
+    """Make or continue the cache; returns what the main rank prints."""
+    if not Path(args.data_path).is_dir():
+        raise ValueError(f"--data-path {args.data_path} is not an image folder")
+    dataset = load_dataset(args.data_path, image_size=args.image_size)
+    assert isinstance(dataset, FolderImages)
+    vae = load_vae(args.vae_path, device=run.device)
+    if not isinstance(vae, VAE):
+        raise ValueError("--vae-path none: pixels need no cache")
+    if args.image_size % vae.downsample:
+        raise ValueError(f"--image-size {args.image_size} is not a multiple of {vae.downsample}")
+    wanted = plan(
+        dataset,
+        vae,
+        data_path=args.data_path,
+        vae_path=args.vae_path,
+        dtype=args.dtype,
+        shard_size=args.shard_size,
+    )
+    folder = Path(args.out)
+    index = open_index(folder, wanted)
+    runtime.barrier()  # all have looked
+    encoder = Encoder(args, dataset, vae, index, run)
+    if not index["complete"]:
+        if run.is_main:
+            write_index(folder, index)
+        encoder.encode_shards()
+        runtime.barrier()
+        if run.is_main:
+            encoder.finish()
+    if not run.is_main:
+        return ""
+    lines = [f"checked {NUM_CHECKED} images: largest difference {encoder.check():.1e}"]
+    lines += [f"not readable: {entry['error']}" for entry in index["bad"]]
+    good = index["num_images"] - len(index["bad"])
+    skipped = f", {len(index['bad'])} NOT READABLE (above)" if index["bad"] else ""
+    return "\n".join([*lines, f"{good:,} images{skipped}: {folder}"])
+
+
+def main(args: argparse.Namespace) -> None:
+    """Encode and report."""
+    run = runtime.setup()
+    try:
+        report = encode(args, run)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"encode_latents.py: error: {error}")
+    if run.is_main:
+        print(report)
+    runtime.finish()
+
+
+if __name__ == "__main__":
+    main(build_parser().parse_args())

@@ -1,0 +1,268 @@
+"""The latent cache: what it holds, over ranks, after a kill; training from it as from images."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from launch import Process, save_tiny_vae, torchrun
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import encode_latents
+from data import VAE, load_dataset, load_vae, make_loader
+from latent_cache import CachedLatents
+from train import DdpTrainer
+from train_loop import launch
+from train_utils import build_parser
+
+NUM_CLASSES, PER_CLASS, SIZE = 2, 5, 32
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with images/CLASS/*.png and a small vae/."""
+    folder = tmp_path_factory.mktemp("inputs")
+    generator = torch.Generator().manual_seed(0)
+    for label in range(NUM_CLASSES):
+        (folder / "images" / f"class{label}").mkdir(parents=True)
+        for index in range(PER_CLASS):
+            pixels = torch.randint(256, (40, 36, 3), generator=generator, dtype=torch.uint8)
+            path = folder / "images" / f"class{label}" / f"{index}.png"
+            Image.fromarray(pixels.numpy()).save(path)
+    save_tiny_vae(folder / "vae")
+    return folder
+
+
+def flags(inputs: Path, out: Path, *more: str) -> list[str]:
+    source = ["--data-path", str(inputs / "images"), "--vae-path", str(inputs / "vae")]
+    size = ["--image-size", str(SIZE), "--shard-size", "4", "--batch-size", "3"]
+    return [*source, *size, "--num-workers", "0", "--out", str(out), *more]
+
+
+def encode(inputs: Path, out: Path, *more: str) -> Path:
+    """Run encode_latents.py in this process."""
+    args = encode_latents.build_parser().parse_args(flags(inputs, out, *more))
+    encode_latents.main(args)
+    return out
+
+
+@pytest.fixture(scope="module")
+def cache(inputs: Path) -> Path:
+    return encode(inputs, inputs / "cache", "--dtype", "float32")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+# ------------------------------------------------------------------------------ what it holds
+
+
+def test_the_cache_holds_what_the_vae_gives_for_images_and_mirrors(
+    inputs: Path, cache: Path
+) -> None:
+    images = load_dataset(inputs / "images", image_size=SIZE)
+    vae = load_vae(inputs / "vae", device="cpu")
+    assert isinstance(vae, VAE)
+    found = CachedLatents(cache)
+    assert len(found) == 10 and found.class_names == images.class_names and found.flip
+    for flip in (False, True):
+        keys = [(index, flip) for index in range(10)]
+        moments, labels = found.__getitems__(keys)
+        batch, expected_labels = images.__getitems__(keys)
+        expected = torch.stack(vae.moments(batch), dim=1)
+        assert moments.shape == (10, 2, 4, SIZE // 8, SIZE // 8)
+        torch.testing.assert_close(moments, expected, rtol=1e-5, atol=1e-6)
+        assert torch.equal(labels, expected_labels)
+
+
+@pytest.mark.parametrize(("dtype", "digits"), [("float16", 2**-11), ("bfloat16", 2**-8)])
+def test_half_formats_round_and_take_half_the_room(
+    dtype: str, digits: float, inputs: Path, cache: Path, tmp_path: Path
+) -> None:
+    half = CachedLatents(encode(inputs, tmp_path / "half", "--dtype", dtype))
+    keys = [(index, index % 2 == 0) for index in range(10)]
+    expected = CachedLatents(cache).moments(keys)
+    found = half.moments(keys)
+    assert not torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=digits, atol=1e-6)
+    sizes = [(path / "shard-00000.npy").stat().st_size - 128 for path in (half.folder, cache)]
+    assert 2 * sizes[0] == sizes[1]
+
+
+def test_shards_are_mapped_not_read(cache: Path) -> None:
+    found = CachedLatents(cache)
+    found.moments([(0, False), (9, True)])
+    assert sorted(found._shards) == [0, 2]
+    assert all(isinstance(shard, np.memmap) for shard in found._shards.values())
+
+
+def test_two_ranks_write_the_same_bytes(inputs: Path, cache: Path, tmp_path: Path) -> None:
+    command = flags(inputs, tmp_path / "two", "--dtype", "float32")
+    output = Process(torchrun("encode_latents.py", *command), tmp_path / "log").wait()
+    assert output.count("10 images: ") == 1
+    assert contents(tmp_path / "two") == contents(cache)
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    inputs: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+    encode_shard = encode_latents.Encoder._encode_shard
+
+    def stop_at_the_second(self, shard, rows, bar):
+        if len(encoded) == 1:
+            raise KeyboardInterrupt
+        encoded.append(shard)
+        encode_shard(self, shard, rows, bar)
+
+    monkeypatch.setattr(encode_latents.Encoder, "_encode_shard", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        encode(inputs, tmp_path / "cache", "--dtype", "float32")
+    with pytest.raises(ValueError, match="this cache is not finished"):
+        CachedLatents(tmp_path / "cache")
+    encoded.append(-1)
+    encode(inputs, tmp_path / "cache", "--dtype", "float32")
+    assert encoded == [0, -1, 1, 2] and contents(tmp_path / "cache") == contents(cache)
+
+
+def test_bad_images_are_listed_and_left_out(
+    inputs: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(inputs / "images", tmp_path / "images")
+    shutil.copytree(inputs / "vae", tmp_path / "vae")
+    broken = tmp_path / "images" / "class0" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    folder = encode(tmp_path, tmp_path / "cache", "--dtype", "float32")
+    text = capsys.readouterr().out
+    assert f"not readable: cannot read the image file {broken}" in text
+    assert "9 images, 1 NOT READABLE" in text
+    found, whole = CachedLatents(folder), CachedLatents(cache)
+    assert found.labels.tolist() == [0] * 4 + [1] * 5
+    kept = [(index, False) for index in range(10) if index != 3]
+    assert torch.equal(found.moments([(i, False) for i in range(9)]), whole.moments(kept))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--dtype", "float16"], "was begun with dtype float32, now --dtype means float16"),
+        (["--image-size", "64"], "was begun with image_size 32, now --image-size means 64"),
+        (["--shard-size", "5"], "was begun with shard_size 4, now --shard-size means 5"),
+        (["--vae-path", "none"], "--vae-path none: pixels need no cache"),
+        (["--data-path", "digits"], "--data-path digits is not an image folder"),
+        (["--image-size", "36"], "--image-size 36 is not a multiple of 8"),
+    ],
+)
+def test_another_command_is_refused(
+    more: list[str], message: str, inputs: Path, cache: Path
+) -> None:
+    before = contents(cache)
+    with pytest.raises(SystemExit, match=message):
+        encode(inputs, cache, "--dtype", "float32", *more)
+    assert contents(cache) == before
+
+
+def test_a_folder_of_something_else_is_left_alone(inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SystemExit, match="exists and is not a latent cache"):
+        encode(inputs, tmp_path)
+
+
+def test_a_finished_cache_is_checked_against_the_images(
+    inputs: Path, cache: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(cache, tmp_path / "cache"))
+    for path in folder.glob("shard-*.npy"):
+        np.save(path, np.load(path) + 1)
+    with pytest.raises(SystemExit, match="encoded again are not what the cache has"):
+        encode(inputs, folder, "--dtype", "float32")
+
+
+# ------------------------------------------------------------------------------ training
+
+
+def train_losses(data: Path, results: Path, *more: str) -> list[float]:
+    """Train a few steps; returns the loss of each."""
+    words = [
+        *("--data-path", str(data), "--model", "DiT-Ti/2", "--num-experts", "4", "--rf"),
+        *("--global-batch-size", "4", "--max-steps", "6", "--precision", "fp32", "--lr", "1e-3"),
+        *("--log-every", "1", "--num-workers", "0", "--sample-every", "0", "--run-name", "run"),
+        *("--results-dir", str(results), *more),
+    ]
+    launch(build_parser(None).parse_args(words), DdpTrainer)
+    events = EventAccumulator(str(results / "run")).Reload()
+    return [point.value for point in events.Scalars("loss")]
+
+
+def test_training_from_the_cache_equals_training_from_images(
+    inputs: Path, cache: Path, tmp_path: Path
+) -> None:
+    vae = ("--vae-path", str(inputs / "vae"))
+    size = ("--image-size", str(SIZE))
+    images = train_losses(inputs / "images", tmp_path / "images", *vae, *size)
+    cached = train_losses(cache, tmp_path / "cache")
+    assert len(images) == 6 and cached == pytest.approx(images, rel=1e-6)
+    half = encode(inputs, tmp_path / "half")
+    halved = train_losses(half, tmp_path / "half-run")
+    assert halved != images and halved == pytest.approx(images, rel=1e-3)
+
+
+def test_loader_workers_give_the_same_batches(cache: Path) -> None:
+    def batches(num_workers: int) -> list[torch.Tensor]:
+        loader = make_loader(
+            CachedLatents(cache),
+            micro_batch_size=3,
+            accum_steps=1,
+            rank=0,
+            world_size=1,
+            seed=0,
+            num_workers=num_workers,
+        )
+        return [batch for (batch, _), _ in zip(loader, range(4), strict=False)]
+
+    assert all(map(torch.equal, batches(0), batches(2)))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--image-size", "64"], "--image-size 64: .* was encoded at 32 pixels"),
+        (["--vae-path", "none"], "--vae-path none is not the VAE that made"),
+        (["--vae-path", "{other}"], "is not the VAE that made .*: that was .*vae; leave the flag"),
+    ],
+)
+def test_training_refuses_flags_that_contradict_the_cache(
+    more: list[str], message: str, inputs: Path, cache: Path, tmp_path: Path
+) -> None:
+    other = load_vae(inputs / "vae", device="cpu")
+    assert isinstance(other, VAE)
+    with torch.no_grad():
+        next(other.model.parameters()).add_(1)
+    other.model.save_pretrained(tmp_path / "other")
+    words = [word.format(other=tmp_path / "other") for word in more]
+    with pytest.raises(SystemExit, match=message):
+        train_losses(cache, tmp_path / "results", *words)
+
+
+def test_the_same_vae_elsewhere_is_accepted(inputs: Path, cache: Path, tmp_path: Path) -> None:
+    shutil.copytree(inputs / "vae", tmp_path / "moved")
+    flags = ("--vae-path", str(tmp_path / "moved"), "--dry-run")
+    args = ["--data-path", str(cache), "--model", "DiT-Ti/2", "--global-batch-size", "4", *flags]
+    launch(build_parser(None).parse_args(args), DdpTrainer)
+
+
+def test_the_images_of_a_cache_are_those_that_it_was_made_of(inputs: Path, cache: Path) -> None:
+    found = load_dataset(cache)
+    assert found.image_size == SIZE
+    expected = load_dataset(inputs / "images", image_size=SIZE)
+    assert torch.equal(found.pixels(torch.arange(3)), expected.pixels(torch.arange(3)))
+
+
+def test_an_index_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text(json.dumps({"format": "else", "version": 1}))
+    with pytest.raises(ValueError, match=r"index\.json is not of a latent cache"):
+        CachedLatents(tmp_path)
