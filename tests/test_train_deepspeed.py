@@ -117,7 +117,8 @@ def test_a_run_starts_from_an_upcycled_folder_with_the_loss_of_train_py(tmp_path
         input_size=8, in_channels=1, num_classes=10, num_experts=0, mlp_ratio=0.5, mlp_type="gelu"
     )
     for parameter in dense.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
     save_safetensors(tmp_path / "dense.safetensors", dense.state_dict(), dense.config, {})
     made = ["--ckpt", str(tmp_path / "dense.safetensors"), "--out", str(tmp_path / "moe")]
     upcycle.main(upcycle.build_parser().parse_args([*made, "--num-experts", "4"]))
