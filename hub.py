@@ -30,7 +30,8 @@ SHARD_BYTES = 2**28  # a block that is larger gets its own file
 ROOT = Path(__file__).parent
 PIPELINE_CODE = ("models.py", "moe_ops.py", "diffusion")  # what a pipeline folder carries along
 PIPELINE_PACKAGE = "dit_moe"
-PIPELINE_REQUIREMENTS = ("torch", "diffusers", "huggingface_hub", "safetensors", "tqdm")
+PIPELINE_REQUIREMENTS = {"torch", "diffusers", "huggingface_hub", "safetensors"}
+PIPELINE_REQUIREMENTS |= {"numpy", "pillow", "tqdm"}
 
 
 @contextmanager
@@ -164,7 +165,8 @@ def save_pipeline(
 ) -> None:
     """Write a folder for `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`.
 
-    It carries weights, VAE and code, and names the packages it needs in requirements.txt.
+    It carries weights, VAE and code; its requirements.txt names the packages it needs, in the
+    ranges of ours.
 
     Args:
         path: folder that does not exist yet.
@@ -195,7 +197,9 @@ def save_pipeline(
             "vae": ["diffusers", "AutoencoderKL"] if isinstance(vae, VAE) else [None, None],
         }
         (folder / "model_index.json").write_text(json.dumps(model_index, indent=2) + "\n")
-        (folder / "requirements.txt").write_text("\n".join(PIPELINE_REQUIREMENTS) + "\n")
+        lines = (ROOT / "requirements.txt").read_text().splitlines(keepends=True)
+        needed = [line for line in lines if line.split(">=")[0] in PIPELINE_REQUIREMENTS]
+        (folder / "requirements.txt").write_text("".join(needed))
 
 
 def _copy_code(package: Path) -> None:

@@ -30,7 +30,7 @@ class DiTMoEPipeline(DiffusionPipeline):
         transformer: Any,
         vae: Any = None,
         objective: str = "rf",
-        class_names: Sequence[str] = (),
+        class_names: list[str] | None = None,  # diffusers knows no Sequence
     ) -> None:
         """Put the parts together.
 
@@ -38,13 +38,13 @@ class DiTMoEPipeline(DiffusionPipeline):
             transformer: a `DiTMoE`.
             vae: an AutoencoderKL, None for a model of pixels.
             objective: "rf" or "ddpm".
-            class_names: names that labels may be given by; may be empty.
+            class_names: names that labels may be given by.
         """
         super().__init__()
         if vae is not None:
             vae.requires_grad_(False)  # with gradients torch decodes in other kernels
         self.register_modules(transformer=transformer, vae=vae)
-        self.register_to_config(objective=objective, class_names=list(class_names))
+        self.register_to_config(objective=objective, class_names=class_names or [])
         diffusion = importlib.import_module("dit_moe.diffusion")
         learn_sigma = transformer.dit.config.learn_sigma
         self.diffusion = diffusion.create_diffusion(objective, learn_sigma=learn_sigma)

@@ -26,7 +26,7 @@ shapes = {name: p.shape for name, p in model.state_dict().items()}
 rand = lambda shape: (0.02 * torch.randn(shape)).to(getattr(torch, dtype))
 block = {n[9:]: rand(s) for n, s in shapes.items() if n.startswith("blocks.0.")}
 outside = {n: rand(s) for n, s in shapes.items() if not n.startswith("blocks.")}
-blocks = ({f"blocks.{i}.{n}": t for n, t in block.items()} for i in range(model.config.depth))
+blocks = ({f"blocks.{i}.{n}": t.clone() for n, t in block.items()} for i in range(model.config.depth))
 save_folder(folder, (g for gs in ([outside], blocks) for g in gs), model.config, {"objective": "rf"})
 print(folder, *(f"{count:,}" for count in model.num_parameters()), "parameters, activated")
 PYTHON

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -239,6 +240,21 @@ def test_pipeline_folders_draw_the_same_pixels_as_sample(
         assert (images - grid).abs().max() < 1e-5
         assert images.amax() - images.amin() > 0.1
         assert Image.open(f"{folder}.png").size == images.shape[:1:-1]
+
+
+def test_a_pipeline_folder_names_every_package_it_imports_in_our_tested_range(
+    tmp_path: Path,
+) -> None:
+    run("convert", saved(tmp_path), tmp_path / "pipeline", "--pipeline")
+    imported = set()
+    for file in (tmp_path / "pipeline").rglob("*.py"):
+        found = re.findall(r"^(?:from|import) (\w+)", file.read_text(), re.MULTILINE)
+        imported |= set(found) - sys.stdlib_module_names - {"dit_moe"}
+    lines = (tmp_path / "pipeline" / "requirements.txt").read_text().splitlines()
+    assert {line.split(">=")[0] for line in lines} == imported - {"PIL"} | {"pillow"}
+    assert set(lines) < set(
+        (Path(checkpoint.__file__).parent / "requirements.txt").read_text().splitlines()
+    )
 
 
 def test_weights_of_a_pipeline_folder_load_as_ours(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import math
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from models import (
     Routing,
     SwiGLU,
     TopKRouter,
+    initialize_parameter,
     load_balancing_loss,
     sincos_pos_embed,
     timestep_embedding,
@@ -310,6 +311,40 @@ def test_every_matrix_starts_from_its_published_distribution():
     biases = [p for name, p in parameters.items() if name.endswith("bias")]
     assert len(biases) == 10
     assert not any(bias.any() for bias in biases)
+
+
+def test_gelu_experts_start_each_as_linear_maps_of_its_own_with_zero_biases():
+    torch.manual_seed(0)
+    model = DiT(dataclasses.replace(TINY, hidden_size=64, depth=1, mlp_type="gelu"))
+    moe: Any = model.get_submodule("blocks.0.moe")
+    experts, shared = moe.experts, moe.shared_experts
+    matrices = [*experts.up_proj, *experts.down_proj]  # (4D, D) and (D, 4D) of each expert
+    for matrix in matrices:
+        assert_uniform(matrix, math.sqrt(6 / (64 + 256)))
+    for matrix in (shared.fc1.weight, shared.fc2.weight):
+        assert_uniform(matrix, math.sqrt(6 / (64 + 128)))
+    assert len({matrix.flatten()[0].item() for matrix in matrices}) == 2 * TINY.num_experts
+    for bias in (experts.up_bias, experts.down_bias, shared.fc1.bias, shared.fc2.bias):
+        assert not bias.any()
+
+
+@pytest.mark.parametrize("mlp_type", ["swiglu", "gelu"])
+@torch.no_grad()
+def test_initial_values_depend_on_the_generator_alone(mlp_type: Literal["swiglu", "gelu"]):
+    model = DiT(dataclasses.replace(TINY, mlp_type=mlp_type))
+    state = torch.get_rng_state()
+    draws = []
+    for seed in (1, 1, 2):
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            initialize_parameter(name, parameter.fill_(torch.nan), generator)
+        draws.append({name: p.clone() for name, p in model.named_parameters()})
+    assert torch.equal(torch.get_rng_state(), state)
+    first, second, other = draws
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+        is_drawn = value.std() > 0 and name != "pos_embed"
+        assert torch.equal(value, other[name]) != is_drawn, name
 
 
 def test_a_new_model_is_the_identity_in_every_block_and_predicts_exactly_zero():

@@ -132,15 +132,26 @@ class RoundsToFloat16(TorchDispatchMode):
     What torch would promote to float32, and casts, stay as they are.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0.0  # of all results in float16, inf if one overflowed
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         dtypes = {leaf.dtype for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         is_cast = func is torch.ops.aten._to_copy.default
         is_view = any(result.alias_info for result in func._schema.returns)
-        if is_cast or is_view or torch.float16 not in dtypes or torch.float32 in dtypes:
+        if is_view:
             return func(*args, **kwargs)
-        args, kwargs = tree_map_only(Tensor, widen, (args, kwargs))
-        return tree_map_only(Tensor, narrow, func(*args, **kwargs))
+        if is_cast or torch.float16 not in dtypes or torch.float32 in dtypes:
+            results = func(*args, **kwargs)
+        else:
+            args, kwargs = tree_map_only(Tensor, widen, (args, kwargs))
+            results = tree_map_only(Tensor, narrow, func(*args, **kwargs))
+        for result in tree_leaves(results):
+            if isinstance(result, Tensor) and result.dtype == torch.float16 and result.numel():
+                self.largest = max(self.largest, result.float().abs().max().item())
+        return results
 
 
 def widen(value: Tensor) -> Tensor:
@@ -192,14 +203,26 @@ def test_rounding_every_operator_to_float16_is_near_float32() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("single_operators")
-def test_an_xl_shaped_model_rounded_to_float16_has_no_nan_over_50_steps() -> None:
-    """XL/2 with QK norm, on 8x8 latents; 28 blocks share their weights to fit in memory."""
+def test_an_xl_shaped_model_rounded_to_float16_does_not_overflow_over_50_steps() -> None:
+    """XL/2 with QK norm, on 8x8 latents; 28 blocks share their weights to fit in memory.
+
+    Its gates are so wide that a residual stream in float16 would overflow.
+    """
     fields = {**TINY.to_dict(), **models.SIZES["XL"], "depth": 1, "num_experts": 2}
     model = random_model(DiTConfig.from_dict(fields), std=0.02)
-    nn.init.normal_(model.blocks[0].get_parameter("adaLN_modulation.1.bias"), std=0.5)
+    bias = model.blocks[0].get_parameter("adaLN_modulation.1.bias")
+    for i, part in enumerate(bias.data.chunk(6)):
+        nn.init.normal_(part, std=1000.0 if i in (2, 5) else 0.5)  # gates; shifts and scales
     model.blocks = nn.ModuleList([model.blocks[0]] * 28)
-    expected = draw(model, num_steps=50, cfg_scale=1.0)
+    residual = []
+    model.blocks[0].register_forward_hook(lambda _m, _i, out: residual.append(out[0].abs().max()))
+    expected = draw(model, num_steps=1, cfg_scale=1.0)
+    model.half()
     with RoundsToFloat16():
-        found = draw(model.half(), num_steps=50, cfg_scale=1.0)
+        assert relative_error(draw(model, num_steps=1, cfg_scale=1.0), expected) < 0.02
+    with RoundsToFloat16() as rounded:
+        found = draw(model, num_steps=50, cfg_scale=1.0)
+    most = max(residual).item()
+    print(f"largest activation {rounded.largest:.0f} in float16, {most:.0f} in the residual stream")
     assert found.isfinite().all()
-    assert relative_error(found, expected) < 0.05
+    assert rounded.largest < 65504 / 4 < 65504 < most

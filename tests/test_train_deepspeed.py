@@ -22,10 +22,12 @@ from launch import REPO, TINY_RUN, Process, descendants, free_port, save_tiny_va
 from PIL import Image
 from torch.testing import assert_close
 
+import upcycle
 import zero
 from checkpoint import build_parser as build_export_parser
-from checkpoint import latest_checkpoint, load_checkpoint, main
+from checkpoint import latest_checkpoint, load_checkpoint, main, save_safetensors
 from memory import GIB
+from models import DiT_models
 from sharded import ShardedCheckpoint
 from train_loop import draw_grid
 from train_utils import build_parser, prepare
@@ -107,6 +109,31 @@ def test_ranks_with_different_experts_train_20_zero_3_steps(on_two_ranks: dict[s
 def test_the_memory_plan_is_what_a_run_holds(case: str, on_two_ranks: dict[str, Any]) -> None:
     memory = on_two_ranks["memory"][case]
     assert memory["found"] == {name: memory["expected"][name] for name in memory["found"]}
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_an_upcycled_folder_with_the_loss_of_train_py(tmp_path: Path) -> None:
+    dense = DiT_models["DiT-Ti/2"](
+        input_size=8, in_channels=1, num_classes=10, num_experts=0, mlp_ratio=0.5, mlp_type="gelu"
+    )
+    for parameter in dense.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    save_safetensors(tmp_path / "dense.safetensors", dense.state_dict(), dense.config, {})
+    made = ["--ckpt", str(tmp_path / "dense.safetensors"), "--out", str(tmp_path / "moe")]
+    upcycle.main(upcycle.build_parser().parse_args([*made, "--num-experts", "4"]))
+    start = ("--init-from", str(tmp_path / "moe"), "--lr", "0", "--max-steps", "1")
+    flags = (*RUN, *start, "--results-dir", str(tmp_path))
+    ours = torchrun(*command(tmp_path, *flags), nproc=1)
+    zero_run = Process(ours, tmp_path / "zero.txt").wait()
+    expected = load_model(tmp_path / "moe")
+    assert expected.config.mlp_type == "gelu" and expected.config.norm_topk_prob
+    for ema in (False, True):
+        found = load_model(tmp_path / "run", ema=ema)
+        assert found.config == expected.config
+        assert_close(found.state_dict(), expected.state_dict(), rtol=0, atol=0)
+    ddp = [sys.executable, "train.py", *flags, "--run-name", "ddp"]
+    assert losses(zero_run) == losses(Process(ddp, tmp_path / "ddp.txt").wait())
 
 
 # ------------------------------------------------------------------------------ checkpoints

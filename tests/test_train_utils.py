@@ -26,6 +26,7 @@ from train_utils import (
     default_run_name,
     describe,
     find_resume,
+    initial_weights,
     prepare,
     resolve_batch,
 )
@@ -129,6 +130,16 @@ def test_the_same_seed_gives_the_same_initial_weights_and_another_seed_others(
         tiny_job(tmp_path, "--seed", seed).model.state_dict()[router] for seed in "113"
     )
     assert torch.equal(first, second) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("mlp_type", ["swiglu", "gelu"])
+def test_a_run_draws_one_by_one_the_weights_that_dit_draws_as_a_whole(mlp_type: str) -> None:
+    model = DiT_models["DiT-Ti/2"](input_size=8, num_experts=4, mlp_type=mlp_type)
+    torch.manual_seed(3)
+    model.initialize_weights()
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    drawn = dict(initial_weights(parse("--seed", "3"), shapes))
+    assert_close(drawn, dict(model.state_dict()), rtol=0, atol=0)
 
 
 def test_a_fresh_run_starts_from_the_weights_of_init_from(tmp_path: Path) -> None:
