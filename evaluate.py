@@ -46,7 +46,8 @@ from metrics import (
     frechet_distance,
 )
 from models import DiT
-from weights import find_objective, load_model, load_settings
+from offload import load_for_sampling
+from weights import find_objective, load_settings
 
 LOSS_IMAGES = 2000  # real images whose loss is measured, LOSS_DRAWS times each
 LOSS_DRAWS = 4
@@ -76,6 +77,7 @@ def build_parser() -> FlagParser:
     model.add("--rf", default=None, **flag, help="objective of a published file; ours tell")
     model.add("--ema", default=True, **flag, help="averaged weights")
     model.add("--dtype", choices=list(runtime.DTYPES), help="of the weights; default: by hardware")
+    model.add("--quantize", choices=["int8"], help="weights of the experts (needs torchao)")
     sampling_flags(parser, batch_size=100)
     return parser
 
@@ -96,7 +98,9 @@ class Sampler:
         self.args, self.run = args, run
         self.settings = load_settings(args.ckpt)
         dtype = runtime.pick_dtype(args.dtype, run.device)
-        self.model: DiT = load_model(args.ckpt, ema=args.ema, dtype=dtype, device=run.device)
+        self.model: DiT = load_for_sampling(
+            args.ckpt, ema=args.ema, dtype=dtype, device=run.device, quantize=args.quantize
+        )
         config = self.model.config
         objective = find_objective(self.settings, config, args.rf)
         self.diffusion: Diffusion = create_diffusion(objective, learn_sigma=config.learn_sigma)
@@ -118,7 +122,7 @@ class Sampler:
         """Return all that decides the samples of a seed."""
         names = (
             *("ema", "num_samples", "batch_size", "sampler", "num_sampling_steps"),
-            *("cfg_scale", "cfg_channels", "cfg_interval"),
+            *("cfg_scale", "cfg_channels", "cfg_interval", "quantize"),
         )
         chosen = {name: getattr(self.args, name) for name in names}
         dtype = str(next(self.model.parameters()).dtype)
@@ -389,6 +393,7 @@ def default_out(args: argparse.Namespace) -> str:
     low, high = args.cfg_interval
     interval = "" if (low, high) == (0.0, 1.0) else f"-t{low:g}-{high:g}"
     name = f"{args.sampler}{args.num_sampling_steps}-cfg{args.cfg_scale:g}{interval}"
+    name += f"-{args.quantize}" if args.quantize else ""
     return f"results/evaluation/{Path(args.ckpt).stem}-{name}-{args.num_samples}"
 
 

@@ -635,7 +635,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "G": {"hidden_size": 1408, "depth": 40, "num_heads": 16, "qk_norm": True, "num_experts": 16},
 }
 PATCH_SIZES: dict[str, tuple[int, ...]] = {
-    "Ti": (1, 2, 4),
+    "Ti": (1, 2, 4, 8),
     **dict.fromkeys(("S", "B", "L", "XL"), (2, 4, 8)),
     "G": (2,),
 }
