@@ -61,13 +61,18 @@ def build_parser() -> FlagParser:
     what.add("--models", nargs="+", choices=list(DiT_models), default=["DiT-S/2", "DiT-B/2"],
              help="size/patch, with the size's own experts")  # fmt: skip
     what.add("--parts", type=parse_parts, default=list(PARTS), help="comma-separated")
-    what.add("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"],
-             help="computed in; training keeps fp32 weights")  # fmt: skip
+    what.add("--dtypes", nargs="+", choices=("fp32", "bf16"), default=native_dtypes(),
+             help="computed in; training keeps fp32 weights; default: native ones")  # fmt: skip
     what.add("--batch-size", type=number(int, 1), default=8, help="images")
     what.add("--repeats", type=number(int, 1), default=7, help="timed rounds, after a warm-up")
     what.add("--threads", type=number(int, 1), help="CPU threads; default: torch's")
     what.add("--out", type=Path, help="JSON to write")
     return parser
+
+
+def native_dtypes() -> list[str]:
+    """Return the dtypes whose matmuls are native here."""
+    return ["fp32", "bf16"] if runtime.has_fast_bf16(runtime.pick_device()) else ["fp32"]
 
 
 def parse_parts(text: str) -> list[str]:

@@ -123,14 +123,16 @@ def default_precision(device: torch.device) -> str:
 
 
 def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """Return `--dtype`, by default bf16 where it is native; float16 on a CPU becomes bf16 or fp32.
+    """Return `--dtype`, by default bf16 where it is native, else float32.
 
-    Matmuls in float16 run 1000 times slower than in bfloat16 on CPUs without a kernel for it.
+    A half format that this CPU has no kernels for becomes that default: matmuls would be up to 1000
+    times slower (float16 on most, bfloat16 without AVX512-BF16).
     """
-    name = name or default_precision(device)
-    if DTYPES[name] == torch.float16 and device.type == "cpu":
-        name = default_precision(device)
-        print(f"--dtype float16 has no fast kernels on a CPU: computing in {name}")
+    fast = default_precision(device)
+    name = name or fast
+    if device.type == "cpu" and DTYPES[name] not in (torch.float32, DTYPES[fast]):
+        print(f"--dtype {name} has no fast kernels on this CPU: computing in {fast}")
+        name = fast
     return DTYPES[name]
 
 

@@ -146,10 +146,13 @@ def resolve_settings(args: argparse.Namespace, rt: Runtime, dataset: ImageDatase
     if args.vae_path is None:
         folder = isinstance(dataset, FolderImages)
         args.vae_path = "stabilityai/sd-vae-ft-ema" if folder else "none"
-    if args.precision is None:
-        args.precision = runtime.default_precision(rt.device)
-    if args.precision == "fp16" and rt.device.type == "cpu":
-        logging.warning("--precision fp16 has no fast kernels on a CPU: expect a crawl")
+    fast = runtime.default_precision(rt.device)
+    args.precision = args.precision or fast
+    if rt.device.type == "cpu" and args.precision not in ("fp32", fast):
+        logging.warning(
+            "--precision %s has no fast kernels on this CPU, try fp32: expect a crawl",
+            args.precision,
+        )
     if args.num_workers is None:
         args.num_workers = 4 if isinstance(dataset, FolderImages | CachedLatents) else 0
     steps_per_epoch = max(len(dataset) // args.global_batch_size, 1)

@@ -154,11 +154,18 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
     assert_refused("text.pt is not a readable", tmp_path / "text.pt", tmp_path / "grid.png")
 
 
-def test_float16_on_a_cpu_says_what_it_computes_in(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_dtype_without_kernels_on_this_cpu_says_what_it_computes_in(
+    dtype: str,
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    sample(run, tmp_path / "grid.png", "--num-per-class", "1", "--dtype", "float16")
-    assert "--dtype float16 has no fast kernels on a CPU" in capsys.readouterr().out
+    monkeypatch.setattr("runtime.has_fast_bf16", lambda device: False)
+    sample(run, tmp_path / "grid.png", "--num-per-class", "1", "--dtype", dtype)
+    expected = f"--dtype {dtype} has no fast kernels on this CPU: computing in fp32"
+    assert expected in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------ published

@@ -15,7 +15,7 @@ train() { # name, seed, flags...
   [ -e "$OUT/$run/done" ] && return
   python train.py --results-dir "$OUT" --run-name "$run" --seed "$seed" --data-path fashion-mnist \
     --model DiT-Ti/8 --max-steps "$STEPS" --global-batch-size 64 --lr 1e-3 --warmup-steps 100 \
-    --ema-decay 0.99 --precision bf16 --log-every 40 --ckpt-every "$STEPS" --sample-every 0 \
+    --ema-decay 0.99 --precision fp32 --log-every 40 --ckpt-every "$STEPS" --sample-every 0 \
     "$@" >"$OUT/$run.log" 2>&1 || { tail -n 5 "$OUT/$run.log"; return 1; }
   touch "$OUT/$run/done"
   echo "$(date +%T) trained $run"

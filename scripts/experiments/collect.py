@@ -14,6 +14,7 @@ import statistics
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -43,7 +44,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def claims(results: Path, docs: Path) -> dict[str, dict[str, list[float]]]:
-    """Print a row per variant, draw loss curves per claim; returns the values of every seed."""
+    """Print a row per variant, draw loss curves and samples; returns the values of every seed."""
     values: dict[str, dict[str, list[float]]] = {}
     curves: dict[str, list[tuple[list[int], list[float]]]] = {}
     for path in sorted(results.glob("*-seed*/metrics.json")):
@@ -67,6 +68,8 @@ def claims(results: Path, docs: Path) -> dict[str, dict[str, list[float]]]:
             cells = [spread(values[variant].get(name, [])) for name in MEASURES]
             print(f"| {variant} | " + " | ".join(cells) + " |")
     draw_curves(curves, docs / "claims.png")
+    first = {name: results / f"{name}-seed0" / "seed0.npz" for name in values}
+    draw_samples({name: file for name, file in first.items() if file.exists()}, docs)
     return values
 
 
@@ -96,6 +99,20 @@ def draw_curves(curves: dict[str, list[tuple[list[int], list[float]]]], path: Pa
         axis.set(title=claim, xlabel="training step", ylabel="training loss")
         axis.legend()
     figure.savefig(path, dpi=80)
+
+
+def draw_samples(files: dict[str, Path], docs: Path) -> None:
+    """Draw a row of samples of each variant's first seed, one class a column."""
+    figure, axis = plt.subplots(figsize=(7, 0.7 * len(files)), layout="constrained")
+    rows = []
+    for file in files.values():
+        with np.load(file) as content:
+            rows.append(np.concatenate([*content["arr_0"][:20, :, :, 0]], axis=1))
+    axis.imshow(np.concatenate(rows), cmap="gray")
+    side = len(rows[0])
+    axis.set(xticks=[], yticks=[side * (i + 0.5) for i in range(len(rows))])
+    axis.set_yticklabels(list(files))
+    figure.savefig(docs / "claims_samples.png", dpi=120)
 
 
 # ------------------------------------------------------------------------------ samplers
