@@ -159,7 +159,7 @@ def draw_samples(sampler: Sampler, seed: int, out: Path) -> tuple[Path, float]:
     """Draw what is lacking of a seed's samples, over all ranks.
 
     Returns:
-        Their .npz and the seconds that one of them took on the main rank.
+        Their .npz and the seconds that one of them took on the main rank, the median over batches.
 
     Raises:
         ValueError: there are samples of another command.
@@ -182,15 +182,17 @@ def draw_samples(sampler: Sampler, seed: int, out: Path) -> tuple[Path, float]:
         return path, runtime.from_main(seconds)
     starts = range(0, args.num_samples, args.batch_size)
     mine = list(starts)[run.rank :: run.world_size]
+    laps: list[float] = []
     for first in tqdm(mine, desc=f"samples, seed {seed}", unit="batch", disable=not run.is_main):
         part = parts / f"{first:08d}.npy"
         if not part.exists():
             began = time.monotonic()
             images = sampler.draw(seed, first, first + args.batch_size)
-            seconds = (time.monotonic() - began) / len(images)
+            laps.append((time.monotonic() - began) / len(images))
             with atomic_write(part) as temp, open(temp, "wb") as file:
                 np.save(file, images.numpy())
     runtime.barrier()
+    seconds = statistics.median(laps) if laps else seconds
     if run.is_main:
         batches = (torch.from_numpy(np.load(parts / f"{first:08d}.npy")) for first in starts)
         save_npz(path, args.num_samples, batches, sampler.labels)

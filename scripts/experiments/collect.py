@@ -2,6 +2,7 @@
 
     python scripts/experiments/collect.py claims --results results/claims
     python scripts/experiments/collect.py samplers --results results/samplers
+    python scripts/experiments/collect.py cache --results results/cache
 
 Prints Markdown tables; writes their figures as JSON, and pictures, to docs/results.
 """
@@ -35,7 +36,9 @@ MEASURES = {LOSS: "loss on test images", FD: "FD", "max_vio": "MaxVio", "dead": 
 def main(args: argparse.Namespace) -> None:
     """Collect one experiment."""
     args.docs.mkdir(parents=True, exist_ok=True)
-    found = {"claims": claims, "samplers": samplers}[args.experiment](args.results, args.docs)
+    found = {"claims": claims, "samplers": samplers, "cache": cache}[args.experiment](
+        args.results, args.docs
+    )
     text = json.dumps(found, indent=2) + "\n"
     (args.docs / f"{args.experiment}.json").write_text(text)
 
@@ -51,7 +54,7 @@ def claims(results: Path, docs: Path) -> dict[str, dict[str, list[float]]]:
         variant = re.sub(r"-seed\d+$", "", path.parent.name)
         metrics = json.loads(path.read_text())
         row = {**next(iter(metrics["values"].values())), **metrics["facts"]}
-        events = EventAccumulator(str(path.parent)).Reload()
+        events = read_events(path.parent)
         scalars = set(events.Tags()["scalars"])
         for name in ("max_vio", "dead"):
             if f"experts/{name}" in scalars:
@@ -71,6 +74,11 @@ def claims(results: Path, docs: Path) -> dict[str, dict[str, list[float]]]:
     first = {name: results / f"{name}-seed0" / "seed0.npz" for name in values}
     draw_samples({name: file for name, file in first.items() if file.exists()}, docs)
     return values
+
+
+def read_events(run: Path) -> EventAccumulator:
+    """Open a run's curves, every point of them."""
+    return EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
 
 
 def spread(values: list[float]) -> str:
@@ -145,11 +153,32 @@ def sampler_order(path: Path) -> tuple[int, int, str]:
     return order.index(name), -int(steps), path.parent.name
 
 
+# ------------------------------------------------------------------------------ latent cache
+
+
+def cache(results: Path, docs: Path) -> dict[str, list[float]]:
+    """Draw the loss curves of training from images and from caches; print how far they differ."""
+    curves = {
+        name: read_events(results / f"from-{name}").Scalars("loss")
+        for name in ("images", "float32", "float16")
+    }
+    losses = {name: [point.value for point in points] for name, points in curves.items()}
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for (name, points), style in zip(curves.items(), ("-", "--", ":"), strict=True):
+        axis.plot([p.step for p in points], losses[name], style, label=name, linewidth=2)
+        far = max(abs(a - b) for a, b in zip(losses[name], losses["images"], strict=True))
+        print(f"{name}: loss {losses[name][-1]:.6f}, at most {far:.1e} from training from images")
+    axis.set(xlabel="training step", ylabel="training loss", title="images and latent caches")
+    axis.legend()
+    figure.savefig(docs / "cache.png", dpi=80)
+    return losses
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("experiment", choices=["claims", "samplers"])
+    parser.add_argument("experiment", choices=["claims", "samplers", "cache"])
     parser.add_argument("--results", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--docs", type=Path, default=Path("docs/results"), help="folder to write")
     main(parser.parse_args())
