@@ -195,6 +195,17 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         temp.unlink(missing_ok=True)
 
 
+def write_tensors(path: Path, tensors: StateDict, metadata: dict[str, str]) -> None:
+    """Write a .safetensors file with the permissions of any new file.
+
+    The library's own are its owner's alone, so nobody else on a cluster could read the weights.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata={"format": "pt", **metadata})
+    path.chmod(mode)
+
+
 def save_safetensors(
     path: str | Path, model_state: StateDict, config: DiTConfig, settings: Mapping[str, Any]
 ) -> None:
@@ -202,7 +213,7 @@ def save_safetensors(
     metadata = {"config": json.dumps(config.to_dict()), "settings": json.dumps(dict(settings))}
     tensors = {name: tensor.contiguous() for name, tensor in model_state.items()}
     with atomic_write(path) as temp:
-        save_file(tensors, temp, metadata={"format": "pt", **metadata})
+        write_tensors(temp, tensors, metadata)
 
 
 def load_torch(path: Path) -> Any:

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoint import atomic_write, save_safetensors
+from checkpoint import atomic_write, save_safetensors, write_tensors
 from data import VAE, load_vae
 from layouts import by_block, to_ours, to_published
 from models import DiT, DiTConfig
@@ -82,7 +81,7 @@ def save_folder(
         total_size = 0
         for shard in _fill_shards(groups):
             file = folder / f"{len(shards)}.safetensors"
-            save_file(shard, file, metadata={"format": "pt", **metadata})
+            write_tensors(file, shard, metadata)
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
             shards.append(list(shard))

@@ -54,6 +54,13 @@ def saved(folder: Path) -> Path:
 # ---------------------------------------------------------------- layouts
 
 
+def test_weights_have_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    run("convert", saved(tmp_path), tmp_path / "folder")
+    (tmp_path / "any").touch()
+    for file in (tmp_path / "ours.safetensors", tmp_path / "folder" / "model.safetensors"):
+        assert file.stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
 @pytest.mark.parametrize(
     ("name", "attention"),
     [("ddpm_timm_attn_4E2A", "qkv"), ("rf_flash_attn_qknorm_4E2A", "Wqkv"), ("dense_dit", "qkv")],

@@ -59,7 +59,7 @@ judge() { # run folder
     --sampler "$sampler" --num-sampling-steps 25 --cfg-scale 1 >>"$1.log" 2>&1
 }
 export -f judge
-python -c "
+env -u OMP_NUM_THREADS python -c "
 from pathlib import Path
 from classifiers import load_classifier
 load_classifier('fashion-mnist', Path('results/references'))" # once, not by both at once

@@ -28,7 +28,7 @@ draw() { # checkpoint, sampler, steps, name of the variant ("" = none), flags...
   echo "$(date +%T) $out"
 }
 export -f draw
-python -c "
+env -u OMP_NUM_THREADS python -c "
 from pathlib import Path
 from classifiers import load_classifier
 load_classifier('fashion-mnist', Path('results/references'))" # once, not by both at once
