@@ -281,6 +281,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add("--dtype", choices=["float32", "bfloat16", "float16"], help="else as SRC")
     group.add("--ema", default=True, **flag, help="averaged weights, where SRC has both")
     group.add("--num-heads", type=number(int, 1), help="for files that do not tell")
+    group.add("--num-experts-per-tok", type=number(int, 1), help="likewise; default: 2")
     group.add(
         "--attention", choices=["qkv", "Wqkv"], help="names in a .pt; default Wqkv with QK norm"
     )

@@ -37,6 +37,7 @@ ACCEPTED_DATA = (
     "It accepts 'digits', 'fashion-mnist', a folder with one subfolder of images per class, or "
     "what encode_latents.py made of one"
 )
+LATENT_CACHE = "dit-moe latents"  # format named in the index.json of latent_cache.py
 DIGITS_NUM_TEST = 300
 DECODE_CHUNK_PIXELS = 16 * 32 * 32  # latent pixels decoded at once: 16 images of 256 px
 
@@ -123,8 +124,14 @@ class TensorImages(ImageDataset):
 class FolderImages(ImageDataset):
     """A folder with one subfolder of image files per class, centre-cropped, RGB."""
 
-    def __init__(self, root: Path, image_size: int, flip: bool):
+    def __init__(self, root: Path, image_size: int, flip: bool, unreadable: Sequence[str] = ()):
         """List the files; classes are the subfolders in alphabetical order.
+
+        Args:
+            root: the folder.
+            image_size: S, pixels.
+            flip: whether training mirrors half of the images.
+            unreadable: files to leave out, relative to the folder.
 
         Raises:
             ValueError: not a folder of class folders with images.
@@ -135,8 +142,11 @@ class FolderImages(ImageDataset):
             folder = ImageFolder(str(root))
         except FileNotFoundError as error:
             raise ValueError(f"--data-path {root}: {error}. {ACCEPTED_DATA}") from error
-        self.paths = [path for path, _ in folder.samples]
-        super().__init__(torch.tensor(folder.targets), folder.classes, 3, image_size, flip)
+        left_out = {str(root / path) for path in unreadable}
+        samples = [sample for sample in folder.samples if sample[0] not in left_out]
+        self.paths = [path for path, _ in samples]
+        labels = torch.tensor([label for _, label in samples])
+        super().__init__(labels, folder.classes, 3, image_size, flip)
 
     def pixels(self, indices: Tensor) -> Tensor:
         """Return the (N, 3, S, S) uint8 pixels of N files."""
@@ -195,11 +205,13 @@ def load_dataset(
         hint = "" if name in splits else " (give the path of another split's folder instead)"
         raise ValueError(f"split {split!r} of --data-path {name}: accepted {accepted}{hint}")
     if name not in splits:
+        unreadable: list[str] = []
         if (index := cache_index(name)) is not None:
             name, image_size = index["data_path"], image_size or index["image_size"]
+            unreadable = [entry["path"] for entry in index["bad"] if "path" in entry]
         if not Path(name).is_dir():
             raise ValueError(f"--data-path {name} is not a folder. {ACCEPTED_DATA}")
-        return FolderImages(Path(name), image_size or 256, flip is not False)
+        return FolderImages(Path(name), image_size or 256, flip is not False, unreadable)
 
     dataset = (
         _load_digits(split, bool(flip))
@@ -212,9 +224,18 @@ def load_dataset(
 
 
 def cache_index(path: str | Path) -> dict[str, Any] | None:
-    """Return the index of a latent cache, None for any other path; see latent_cache.py."""
+    """Return the index of a latent cache, None for any other path; see latent_cache.py.
+
+    Raises:
+        ValueError: index.json is damaged.
+    """
     file = Path(path) / "index.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+    try:
+        index = json.loads(file.read_text()) if file.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"--data-path {path}: index.json is damaged: {error}") from error
+    known = isinstance(index, dict) and index.get("format") == LATENT_CACHE
+    return index if known else None
 
 
 def _load_digits(split: str, flip: bool) -> TensorImages:

@@ -135,7 +135,9 @@ class Encoder:
         for batch in loader:
             for position, item in enumerate(batch):
                 if isinstance(item, str):
-                    bad.append({"index": rows[first + position], "error": item})
+                    row = rows[first + position]
+                    path = Path(self.dataset.paths[row]).relative_to(self.args.data_path)
+                    bad.append({"index": row, "path": str(path), "error": item})
             good = [i for i, item in enumerate(batch) if not isinstance(item, str)]
             if good:
                 pixels = torch.stack([batch[i] for i in good]).to(self.run.device)

@@ -35,7 +35,8 @@ from classifiers import EPOCHS, Classifier, load_classifier, predict
 from data import VAE, ImageDataset, Pixels, load_dataset, load_vae, save_grid
 from diffusion import Diffusion, create_diffusion
 from flags import FlagParser, flag, number, sampling_flags, sampling_options
-from image_sets import DatasetSet, FolderSet, ImageSet, NpzSet, save_npz
+from image_sets import DatasetSet, FolderSet, ImageSet, NpzSet, Spread, save_npz
+from latent_cache import vae_identity
 from metrics import (
     ClassifierExtractor,
     Extractor,
@@ -109,6 +110,7 @@ class Sampler:
             device=run.device,
             model_channels=config.in_channels,
         )
+        self.vae_identity = vae_identity(self.vae) if isinstance(self.vae, VAE) else "none"
         args.sampler = args.sampler or self.diffusion.default_sampler
         steps = self.diffusion.default_num_steps.get(args.sampler)
         args.num_sampling_steps = args.num_sampling_steps or steps
@@ -125,11 +127,11 @@ class Sampler:
             *("cfg_scale", "cfg_channels", "cfg_interval", "quantize"),
         )
         chosen = {name: getattr(self.args, name) for name in names}
-        dtype = str(next(self.model.parameters()).dtype)
         return {
             "checkpoint": checkpoint_hash(self.args.ckpt),
+            "vae": self.vae_identity,
             "seed": seed,
-            "dtype": dtype,
+            "dtype": str(self.model.dtype),
             **chosen,
         }
 
@@ -275,8 +277,7 @@ def reference_statistics(
     An .npz that brings its moments, as ADM's do, is used with these.
     """
     path = args.reference
-    source = Path(path).resolve() if Path(path).exists() else path
-    key = f"{source} {len(real)} {args.image_size} {extractor.identity}"
+    key = f"{describe_source(path, args)} {len(real)} {args.image_size} {extractor.identity}"
     cached = Path(args.cache) / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
     if runtime.from_main(cached.exists()):
         return Statistics.load(cached) if run.is_main else None
@@ -296,16 +297,33 @@ def reference_statistics(
     return found
 
 
+def describe_source(path: str, args: argparse.Namespace) -> str:
+    """Name real images so that changed ones get another name: by the files' place and age."""
+    if path in EPOCHS:
+        return f"{path} {args.fashion_mnist_root}" if args.fashion_mnist_root else path
+    root = Path(path)
+    ages = [entry.stat().st_mtime_ns for entry in (root, *root.glob("*/")) if entry.exists()]
+    return f"{root.resolve()} {max(ages)} {root.stat().st_size}"
+
+
 def floor_distance(
-    args: argparse.Namespace, extractor: Extractor, real: Statistics | None, run: runtime.Runtime
+    args: argparse.Namespace,
+    extractor: Extractor,
+    real: Statistics | None,
+    run: runtime.Runtime,
+    num_images: int,
 ) -> dict[str, float]:
-    """Return the distance of other real images from the reference: what a perfect model gets."""
+    """Return the distance of other real images from the reference: what a perfect model gets.
+
+    Of as many as there are samples, if there are so many, since the distance of few is larger.
+    """
     path, split = args.test_data, "train"
     if path is None:
         if args.reference not in EPOCHS:
             return {}
         path, split = args.reference, "test"
-    found = collect(open_images(path, args, split), extractor, args, run)
+    others = Spread(open_images(path, args, split), num_images)
+    found = collect(others, extractor, args, run)
     if found is None or real is None:
         return {}
     name = f"FD ({extractor.name})" if extractor.name else "FID"
@@ -332,6 +350,7 @@ def evaluate(args: argparse.Namespace, run: runtime.Runtime) -> dict[str, Any]:
             load_classifier(args.reference, Path(args.cache), args.fashion_mnist_root)
         runtime.barrier()
         classifier = load_classifier(args.reference, Path(args.cache), args.fashion_mnist_root)
+        classifier.model.to(run.device)
     args.features = args.features or ("classifier" if named else "inception")
     if args.features == "classifier":
         if classifier is None:
@@ -360,7 +379,8 @@ def evaluate(args: argparse.Namespace, run: runtime.Runtime) -> dict[str, Any]:
             columns[name]["read as the class asked for"] = right
         if sampler:
             columns[name]["seconds per sample"] = seconds[name]
-    facts: dict[str, float] = floor_distance(args, extractor, real, run)
+    most = max(map(len, sets.values()))
+    facts: dict[str, float] = floor_distance(args, extractor, real, run, most)
     if classifier:
         facts["real test images read right"] = classifier.accuracy
         if sampler:

@@ -64,6 +64,7 @@ def build_parser() -> FlagParser:
     real = parser.group("Real images")
     real.add("--real", default=False, **flag, help="route noised data instead of sampling")
     real.add("--data-path", help="default: the checkpoint's; folder, digits or fashion-mnist")
+    real.add("--fashion-mnist-root", help="folder of the idx files; default: the checkpoint's")
     real.add("--times", nargs="+", type=number(float, 0, 1), help="t; default: the sampler's")
 
     model = parser.group("Model")
@@ -112,7 +113,7 @@ def describe(args: argparse.Namespace, model: DiT, settings: dict[str, Any]) -> 
         "format": FORMAT,
         "version": VERSION,
         "config": config.to_dict(),
-        "checkpoint": source | {"dtype": str(next(model.parameters()).dtype)},
+        "checkpoint": source | {"dtype": str(model.dtype)},
         "objective": objective,
         "source": "real" if args.real else "samples",
         "data_path": (args.data_path or settings.get("data_path")) if args.real else None,
@@ -167,7 +168,9 @@ class Router:
         self.times = model_times(args, diffusion)
         if args.real:
             size = model.config.input_size * vae.downsample
-            self.dataset = load_dataset(args.data_path, image_size=size)
+            self.dataset = load_dataset(
+                args.data_path, image_size=size, fashion_mnist_root=args.fashion_mnist_root
+            )
             self.indices = pick_images(self.dataset, args)
 
     def labels(self, first: int, stop: int) -> Tensor:
@@ -175,12 +178,13 @@ class Router:
         choices = self.args.labels
         return torch.tensor([choices[i % len(choices)] for i in range(first, stop)])
 
-    def run(self, first: int, stop: int, on_step: Callable[[], Any]) -> Tensor:
-        """Route images first..stop-1; returns them, (N, C, H, W) in [-1, 1].
+    def run(self, first: int, stop: int, num_raw: int, on_step: Callable[[], Any]) -> Tensor:
+        """Route images first..stop-1; returns the first `num_raw`, (R, C, H, W) in [-1, 1].
 
         Args:
             first: number of the first image among all.
             stop: number after the last one.
+            num_raw: R, images to return; the others are not decoded.
             on_step: called once per step.
         """
         seed = int(np.random.SeedSequence([self.args.seed, first]).generate_state(1)[0])
@@ -195,12 +199,13 @@ class Router:
             on_step()
 
         if not self.args.real:
-            return self.vae.decode(self._sample(noise, y, generator, at_step))
+            latents = self._sample(noise, y, generator, at_step)[:num_raw]
+            return self.vae.decode(latents) if num_raw else latents
         keys = [(int(i), False) for i in self.indices[first:stop]]
         images = self.dataset.__getitems__(keys)[0].to(self.device)
         encoder_generator = torch.Generator(self.device).manual_seed(seed)
         self._route_noised(self.vae.encode(images, encoder_generator), noise, y, at_step)
-        return images
+        return images[:num_raw]
 
     def _sample(
         self, noise: Tensor, y: Tensor, generator: torch.Generator, at_step: Callable
@@ -260,10 +265,11 @@ def collect(router: Router, data: RoutingData, run: runtime.Runtime) -> RoutingD
         for done in range(rounds):
             if done < len(mine):
                 first, stop = mine[done], min(mine[done] + size, num_images)
-                images = router.run(first, stop, bar.update)
                 raw = len(tables["raw_images"][first:stop])
-                pixels = ((images[:raw] + 1) * 127.5).round().to(torch.uint8)
-                tables["raw_images"][first : first + raw] = pixels
+                images = router.run(first, stop, raw, bar.update)
+                if raw:
+                    pixels = ((images + 1) * 127.5).round().to(torch.uint8)
+                    tables["raw_images"][first : first + raw] = pixels
             for name, table in tables.items():
                 runtime.sum_over_ranks(table)
                 getattr(data, name).add_(table.cpu())
@@ -284,6 +290,7 @@ def count_experts(args: argparse.Namespace, run: runtime.Runtime) -> RoutingData
     if config.num_experts == 0:
         raise ValueError(f"--ckpt {args.ckpt} is a dense model: it has no experts to count")
     args.data_path = args.data_path or settings.get("data_path")
+    args.fashion_mnist_root = args.fashion_mnist_root or settings.get("fashion_mnist_root")
     if args.real and not args.data_path:
         raise ValueError("--real needs --data-path: this checkpoint does not say its data")
     meta = describe(args, model, settings)
@@ -314,6 +321,8 @@ def main(args: argparse.Namespace) -> None:
         if (args.ckpt is None) == (args.merge is None):
             raise ValueError("--ckpt or --merge: give one of them")
         if args.merge:
+            if Path(args.out).exists():
+                raise ValueError(f"--out {args.out} exists; choose another name or delete it")
             data = merge([RoutingData.load(path) for path in args.merge])
             data.save(args.out)
         else:

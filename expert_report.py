@@ -23,6 +23,7 @@ from figures import LOAD_COLORS, expert_colors, relative_load
 from flags import FlagParser, number
 from routing_data import FACTORS, HALVES, RoutingData, measure_all
 
+NOTHING = 65535  # the page draws no colour there
 TEMPLATE = Path(__file__).with_name("expert_report.html")
 
 
@@ -43,9 +44,13 @@ def encode(array: np.ndarray) -> str:
 
 
 def load_table(data: RoutingData, factor: str, halves: list[str]) -> dict[str, Any]:
-    """Return the relative load (halves, L, X, E) in thousandths."""
+    """Return the relative load (halves, L, X, E) in thousandths, `NOTHING` where none was counted.
+
+    Loads above 65 are shown as 65: few models have so many experts for each that a token uses.
+    """
     load = np.stack([relative_load(data.counts(factor, half)) for half in halves])
-    return {"shape": load.shape, "data": encode((load * 1000).round().astype("<u2"))}
+    thousandths = np.nan_to_num((load * 1000).round().clip(max=NOTHING - 1), nan=NOTHING)
+    return {"shape": load.shape, "data": encode(thousandths.astype("<u2"))}
 
 
 def color_scale(most: float) -> list[tuple[float, str]]:

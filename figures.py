@@ -71,10 +71,13 @@ def figure_title(what: str, args: argparse.Namespace, data: RoutingData) -> str:
 
 
 def relative_load(counts: Any, axis: int = -1) -> np.ndarray:
-    """Divide counts by the even load along an axis: 1 = even, 0 = never, E / K = every token."""
+    """Divide counts by the even load along an axis: 1 = even, 0 = never, E / K = every token.
+
+    NaN where nothing was counted, as at steps without guidance in the unconditional half.
+    """
     counts = np.asarray(counts, dtype=np.float64)
     total = counts.sum(axis=axis, keepdims=True)
-    return counts / np.maximum(total, 1) * counts.shape[axis]
+    return np.where(total > 0, counts / np.maximum(total, 1), np.nan) * counts.shape[axis]
 
 
 def load_scale(args: argparse.Namespace, data: RoutingData) -> TwoSlopeNorm:

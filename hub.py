@@ -141,11 +141,16 @@ def save_published(
     config = weights.config
     if Path(path).exists():
         raise FileExistsError(f"{path} exists already; give another name or remove it")
+    has = f"this model has mlp_type={config.mlp_type!r}"
     if config.num_experts and (config.mlp_type != "swiglu" or config.norm_topk_prob):
         raise ValueError(
-            f"{path}: the published DiT-MoE has SwiGLU experts without renormalised weights, this "
-            f"model has mlp_type={config.mlp_type!r}, norm_topk_prob={config.norm_topk_prob}; "
-            "write a .safetensors or a folder instead"
+            f"{path}: the published DiT-MoE has SwiGLU experts without renormalised weights, "
+            f"{has}, norm_topk_prob={config.norm_topk_prob}; write a .safetensors or a folder"
+        )
+    if not config.num_experts and (config.mlp_type != "gelu" or config.qk_norm):
+        raise ValueError(
+            f"{path}: the published dense DiT has GELU MLPs and no QK norm, {has}, "
+            f"qk_norm={config.qk_norm}; write a .safetensors or a folder"
         )
     ours = dict(to_ours(weights.state))
     add_pos_embed(ours, config)
@@ -242,7 +247,8 @@ def export(args: argparse.Namespace) -> str:
 
 def convert(args: argparse.Namespace) -> str:
     """Write SRC in the layout that DST and the flags ask for; returns a line that says so."""
-    known = {"num_heads": args.num_heads} if args.num_heads else None
+    names = ("num_heads", "num_experts_per_tok")
+    known = {name: value for name in names if (value := getattr(args, name)) is not None}
     weights = open_weights(args.src, ema=args.ema, known=known)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     suffix = Path(args.dst).suffix

@@ -43,6 +43,23 @@ class DatasetSet:
         return self.dataset.pixels(torch.arange(first, min(stop, len(self))))
 
 
+class Spread:
+    """Some images of another set, at even distances, so that sorted classes are all there."""
+
+    def __init__(self, whole: ImageSet, count: int) -> None:
+        """Take `count` images, or all if there are fewer."""
+        self.whole, self.name = whole, whole.name
+        self.chosen = np.linspace(0, len(whole) - 1, min(count, len(whole))).round().astype(int)
+
+    def __len__(self) -> int:
+        """Return n."""
+        return len(self.chosen)
+
+    def images(self, first: int, stop: int) -> Tensor:
+        """Return images first..stop-1, (N, C, S, S) uint8."""
+        return torch.cat([self.whole.images(i, i + 1) for i in self.chosen[first:stop].tolist()])
+
+
 class FolderSet:
     """All image files below a folder, in the order of their names, all of one size."""
 

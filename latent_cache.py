@@ -21,14 +21,24 @@ import torch
 from torch import Tensor
 
 from checkpoint import atomic_write
-from data import VAE, FolderImages, ImageDataset, Key, Pixels, cache_index, draw_latents, load_vae
+from data import (
+    LATENT_CACHE,
+    VAE,
+    FolderImages,
+    ImageDataset,
+    Key,
+    Pixels,
+    cache_index,
+    draw_latents,
+    load_vae,
+)
 
 DTYPES = {
     "float16": (torch.float16, np.int16),
     "bfloat16": (torch.bfloat16, np.int16),
     "float32": (torch.float32, np.float32),
 }
-FORMAT, VERSION = "dit-moe latents", 1
+VERSION = 1
 
 
 def vae_identity(vae: VAE) -> str:
@@ -46,7 +56,7 @@ def plan(
     side = dataset.image_size // vae.downsample
     files = "\n".join(str(Path(path).relative_to(data_path)) for path in dataset.paths)
     return {
-        "format": FORMAT,
+        "format": LATENT_CACHE,
         "version": VERSION,
         "data_path": str(Path(data_path).resolve()),
         "files": hashlib.sha256(files.encode()).hexdigest()[:32],
@@ -102,7 +112,7 @@ class CachedLatents(ImageDataset):
             ValueError: the cache is not finished or of a newer version.
         """
         index = cache_index(folder)
-        if index is None or index.get("format") != FORMAT or index["version"] > VERSION:
+        if index is None or index["version"] > VERSION:
             raise ValueError(f"{folder}/index.json is not of a latent cache that this code reads")
         if not index["complete"]:
             raise ValueError(

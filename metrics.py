@@ -40,7 +40,8 @@ class InceptionExtractor:
     """The Inception v3 of 2015-12-05 that FID is defined with, as torch-fidelity has it.
 
     sFID looks at the first 7 channels of the first branch of block 6d, 17 x 17 positions, as ADM's
-    evaluation does ("mixed_6/conv" in TensorFlow's graph).
+    evaluation does ("mixed_6/conv" in TensorFlow's graph), in TensorFlow's order: positions, then
+    channels. So a reference's moments of these features (mu_s, sigma_s) can be used.
     """
 
     name = ""
@@ -75,10 +76,10 @@ class InceptionExtractor:
         digest = hashlib.sha256()
         for tensor in network.state_dict().values():
             digest.update(tensor.cpu().numpy().tobytes())
-        self.identity = f"inception-{digest.hexdigest()[:16]}"
+        self.identity = f"inception-nhwc-{digest.hexdigest()[:16]}"
 
     def _keep(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        self._spatial = output[:, :7].flatten(1)  # (N, 7 * 17 * 17)
+        self._spatial = output[:, :7].permute(0, 2, 3, 1).flatten(1)  # (N, 17 * 17 * 7)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:

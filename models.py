@@ -10,6 +10,7 @@ Source: Fei et al., arXiv:2407.11633 (DiT-MoE); Peebles & Xie, arXiv:2212.09748 
 """
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, save_torch_state_dict, snapshot_download
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -471,6 +473,7 @@ class DiT(nn.Module, PyTorchModelHubMixin, library_name="dit-moe"):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
+        self.settings: dict[str, Any] = {}  # saved with the weights: objective, VAE, class names
         self.grad_checkpointing = False
         self.x_embedder = PatchEmbedder(config)
         self.t_embedder = TimestepEmbedder(config.hidden_size)
@@ -484,6 +487,11 @@ class DiT(nn.Module, PyTorchModelHubMixin, library_name="dit-moe"):
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
         self.initialize_weights()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' (router and position table may be in float32 beside half formats)."""
+        return self.x_embedder.proj.weight.dtype
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -551,7 +559,8 @@ class DiT(nn.Module, PyTorchModelHubMixin, library_name="dit-moe"):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write safetensors of at most 5 GB each; the mixin writes config.json."""
-        save_torch_state_dict(self.state_dict(), save_directory, metadata={"format": "pt"})
+        metadata = {"format": "pt", "settings": json.dumps(self.settings)}
+        save_torch_state_dict(self.state_dict(), save_directory, metadata=metadata)
 
     @classmethod
     def _from_pretrained(  # type: ignore[override]
@@ -576,10 +585,14 @@ class DiT(nn.Module, PyTorchModelHubMixin, library_name="dit-moe"):
         if not Path(model_id).is_dir():
             model_id = snapshot_download(model_id, allow_patterns=patterns, **download)
         state: dict[str, Tensor] = {}
+        settings: dict[str, Any] = {}
         for file in sorted(Path(model_id).glob("model*.safetensors")):
             state |= load_file(file, device=map_location)
+            with safe_open(file, framework="pt") as opened:
+                settings |= json.loads((opened.metadata() or {}).get("settings", "{}"))
         with torch.device("meta"):
             model = cls(config)
+        model.settings = settings
         model.load_state_dict(state, strict=strict, assign=True)
         return model.eval()
 

@@ -30,11 +30,12 @@ def load_for_sampling(
     device: str | torch.device = "cpu",
     quantize: str | None = None,
     offload: str | None = None,
+    known: Mapping[str, Any] | None = None,
 ) -> DiT:
     """Load a model that is never trained, in eval mode.
 
     Args:
-        path, ema, dtype, device: as in `load_model`.
+        path, ema, dtype, device, known: as in `load_model`.
         quantize: "int8" stores the experts' weights so, one scale per output row, and the rest
             in `dtype`; arithmetic stays in `dtype`.
         offload: "cpu" keeps the blocks in memory and brings each to the GPU for its forward,
@@ -44,12 +45,12 @@ def load_for_sampling(
         ValueError: as `load_model`, or for options that do not fit the model or the machine.
     """
     if quantize is None and offload is None:
-        return load_model(path, ema=ema, dtype=dtype, device=device)
+        return load_model(path, ema=ema, dtype=dtype, device=device, known=known)
     if quantize and offload:
         raise ValueError(f"--quantize {quantize} and --offload {offload} exclude each other")
     if offload == "cpu" and torch.device(device).type == "cpu":
         raise ValueError("--offload cpu needs a GPU: here weights are on the CPU anyway; use disk")
-    weights = open_weights(path, ema=ema)
+    weights = open_weights(path, ema=ema, known=known)
     if quantize and weights.config.num_experts == 0:
         raise ValueError(f"--quantize {quantize} is for experts, and {path} is a dense model")
     with torch.device("meta"):
@@ -170,12 +171,19 @@ class BlockStream:
         self.copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="blocks")
         self.coming: Future[Block] = self.reader.submit(self._read)
+        self.finished: torch.cuda.Event | None = None  # of the last block's computation
         for index, block in enumerate(model.blocks):
             block.register_forward_pre_hook(partial(self._enter, index))
             block.register_forward_hook(self._leave)
 
-    def _read(self) -> Block:
-        """Read the next block; on a GPU beside the computation, in a stream of its own."""
+    def _read(self, finished: torch.cuda.Event | None = None) -> Block:
+        """Read the next block; on a GPU beside the computation, in a stream of its own.
+
+        The host runs ahead of a GPU, so the block before the one that runs must have finished:
+        else its memory is still in use, and this one's is a third block's.
+        """
+        if finished is not None:
+            finished.synchronize()
         with torch.cuda.stream(self.copies):
             block = next(self.blocks)
             if self.copies is not None:
@@ -185,7 +193,7 @@ class BlockStream:
     def _enter(self, index: int, block: nn.Module, _inputs: Any) -> None:
         found, tensors = self.coming.result()
         assert found == index, f"block {index} runs, block {found} was read"
-        self.coming = self.reader.submit(self._read)
+        self.coming = self.reader.submit(self._read, self.finished)
         block.load_state_dict(tensors, assign=True)
         if self.copies is not None:
             for tensor in tensors.values():  # else their memory is reused while still in use
@@ -193,6 +201,8 @@ class BlockStream:
 
     def _leave(self, block: nn.Module, _inputs: Any, _output: Any) -> None:
         block.to("meta")
+        if self.copies is not None:
+            self.finished = torch.cuda.current_stream(self.device).record_event()
 
 
 def _endless(

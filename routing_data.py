@@ -10,6 +10,7 @@ kept whole; the axis of length 2 is conditional, unconditional (see `HALVES`).
 import csv
 import dataclasses
 import json
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ class RoutingData:
             with np.load(path, allow_pickle=False) as file:
                 meta = json.loads(str(file["meta"]))
                 arrays = {name: torch.from_numpy(file[name]) for name in ("times", *ADDED, *KEPT)}
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is no routing data of expert_data.py: {error}") from error
         if meta.get("format") != FORMAT or meta["version"] > VERSION:
             raise ValueError(
@@ -182,12 +183,13 @@ def measure(data: RoutingData, half: str = "conditional") -> list[dict[str, Any]
 
     Columns: `nmi_X`, how much X tells about the expert; `entropy`, `max_vio`, `dead` of the layer's
     whole load, and `entropy_X`, `max_vio_X`, `dead_X` averaged over the single classes, steps and
-    patches; `entropy_early`, `_middle` and `_late` over the first quarter of the steps, the middle
-    half and the last quarter; with K > 1 `pair_usage`, the share of expert pairs ever chosen, and
-    `pair_entropy`, how evenly.
+    patches; `entropy_early`, `_middle` and `_late` over the first quarter of the steps that this
+    half ran in, the middle half and the last quarter; with K > 1 `pair_usage`, the share of expert
+    pairs ever chosen, and `pair_entropy`, how evenly.
     """
     K = data.config.num_experts_per_tok
     steps = data.counts("step", half)  # (L, S, E)
+    steps = steps[:, steps.sum(dim=(0, 2)) > 0]  # guidance may be off in the others
     num_steps = steps.shape[1]
     load = steps.sum(dim=1)
     columns: dict[str, Tensor] = {}
@@ -200,7 +202,8 @@ def measure(data: RoutingData, half: str = "conditional") -> list[dict[str, Any]
     ):
         columns[name] = measured(load)
         for factor in FACTORS:
-            columns[f"{name}_{factor}"] = measured(data.counts(factor, half)).double().mean(dim=1)
+            counts = steps if factor == "step" else data.counts(factor, half)
+            columns[f"{name}_{factor}"] = measured(counts).double().mean(dim=1)
     by_step = load_entropy(steps)  # (L, S)
     quarter = max(num_steps // 4, 1)
     middle = slice(min(quarter, num_steps - 1), max(num_steps - quarter, quarter + 1))

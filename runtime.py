@@ -6,6 +6,7 @@ One process (`python train.py`), many (`torchrun`), CPU (gloo) or GPU (nccl): th
 import ctypes
 import os
 import sys
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,11 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+
+# How long a rank waits for the others. The defaults, 10 and 30 minutes, are less than one batch of
+# samples or one shard of latents can take; of a dead rank torchrun tells at once.
+WAIT = timedelta(days=1)
 
 
 class Runtime(NamedTuple):
@@ -62,6 +68,7 @@ def setup() -> Runtime:
             store=dist.PrefixStore(f"attempt_{attempt}", store),
             rank=rank,
             world_size=world_size,
+            timeout=WAIT,
         )
     return Runtime(dist.get_rank(), dist.get_world_size(), device)
 

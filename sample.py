@@ -40,7 +40,7 @@ def build_parser() -> FlagParser:
     model.add("--model", choices=list(DiT_models), help="checked against the checkpoint")
     model.add("--num-classes", type=number(int, 1), help="checked against the checkpoint")
     model.add("--num-experts", type=number(int, 0), help="checked against the checkpoint")
-    model.add("--num-experts-per-tok", type=number(int, 1), help="checked likewise")
+    model.add("--num-experts-per-tok", type=number(int, 1), help="K of a published file; ours tell")
     model.add("--rf", default=None, **flag, help="objective of a published file; ours tell")
     model.add("--ema", default=True, **flag, help="averaged weights")
     model.add("--dtype", choices=list(runtime.DTYPES), help="of the weights; default: by hardware")
@@ -114,6 +114,7 @@ def main(args: argparse.Namespace) -> None:
             device=device,
             quantize=args.quantize,
             offload=args.offload,
+            known={"num_experts_per_tok": experts} if (experts := args.num_experts_per_tok) else {},
         )
         config = model.config
         objective = find_objective(settings, config, args.rf)
@@ -143,7 +144,8 @@ def main(args: argparse.Namespace) -> None:
         save_grid(torch.cat(images), Path(args.out), columns=len(labels))
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"sample.py: error: {error}")
-    print(f"{len(y)} images, one class a column, {diffusion.objective}: {args.out}")
+    dtype = str(model.dtype).removeprefix("torch.")
+    print(f"{len(y)} images, one class a column, {diffusion.objective}, {dtype}: {args.out}")
 
 
 if __name__ == "__main__":

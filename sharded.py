@@ -51,7 +51,8 @@ def write_safetensors(
     Args:
         path: to write; not atomic.
         shapes: of all tensors.
-        tensors: float32, or uint8 where `shapes` has a name that starts with "rng/".
+        tensors: floats, written as float32, or uint8 where `shapes` has a name that starts with
+            "rng/".
         metadata: of the file.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
@@ -65,7 +66,8 @@ def write_safetensors(
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in shapes:
-            tensor = tensors[name].detach().cpu().contiguous()
+            tensor = tensors[name].detach().cpu()
+            tensor = (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
             assert DTYPES[tensor.dtype] == header[name]["dtype"], name
             file.write(tensor.view(-1).view(torch.uint8).numpy().data)
         file.flush()

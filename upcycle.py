@@ -25,6 +25,7 @@ rows for the parts of a copy).
 import argparse
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -35,7 +36,7 @@ from tqdm import tqdm
 
 from flags import FlagParser, flag, number
 from hub import save_folder
-from layouts import by_block
+from layouts import block_index, by_block
 from models import DiTBlock, DiTConfig
 from runtime import DTYPES
 from weights import Weights, add_pos_embed, open_weights, page_out, place
@@ -355,6 +356,12 @@ def upcycle(weights: Weights, args: argparse.Namespace) -> tuple[DiTConfig, list
     """
     config = plan_config(args, weights.config)
     differences: list[float] = []
+    # Fused tensors, as experts of published files, are copies: what they were made of is paged out
+    # too. A safetensors mapping needs none of this, it maps each tensor when it is read.
+    mapped: dict[int | None, list[Tensor]] = defaultdict(list)
+    if isinstance(weights.state, dict):
+        for name, tensor in weights.state.items():
+            mapped[block_index(name)].append(tensor)
 
     def blocks() -> Iterator[dict[str, Tensor]]:
         for index, tensors in by_block(weights.state):
@@ -372,6 +379,7 @@ def upcycle(weights: Weights, args: argparse.Namespace) -> tuple[DiTConfig, list
                 difference = mlp_difference(old, weights.config, new, config, tokens)
                 differences.append(difference)
             page_out(old.values())
+            page_out(mapped.get(index, []))
             bar.update()
             yield {prefix + name: tensor for name, tensor in new.items()}
 

@@ -81,8 +81,7 @@ def open_weights(
     """Find the weights at `path` and their config; tensors are mapped from the file when used.
 
     Args:
-        path, ema, config: as in `load_model`.
-        known: config fields that neither the file nor its shapes tell.
+        path, ema, config, known: as in `load_model`.
 
     Raises: as `load_model`.
     """
@@ -111,6 +110,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     config: DiTConfig | None = None,
+    known: Mapping[str, Any] | None = None,
 ) -> DiT:
     """Build the model that a file describes, in eval mode, with its weights.
 
@@ -125,13 +125,15 @@ def load_model(
         dtype: of the parameters, except `FLOAT32_NAMES`; None for that of the file.
         device: of the parameters.
         config: needed where shapes don't tell it all (see `infer_config`), else left out.
+        known: config fields that neither the file nor its shapes tell; ignored where a file brings
+            its config.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
         ValueError: the file is damaged, wants to run code, or is of no known layout; the weights
             asked for are absent, or don't fit the config.
     """
-    weights = open_weights(path, ema=ema, config=config)
+    weights = open_weights(path, ema=ema, config=config, known=known)
     try:
         tensors = to_ours(weights.state)
         state = {name: place(name, tensor, device, dtype) for name, tensor in tensors}
@@ -139,6 +141,7 @@ def load_model(
         with torch.device("meta"):
             model = DiT(weights.config)
         model.load_state_dict(state, assign=True)
+        model.settings = dict(weights.settings)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: {error}") from error
     return model.eval()

@@ -36,11 +36,17 @@ class DiTMoE(ModelMixin):
     def from_pretrained(  # type: ignore[override]
         cls, folder: str, torch_dtype: Any = None, **_: Any
     ) -> "DiTMoE":
-        """Load the weights in `folder` with the code in it, in their own dtype if none is given."""
+        """Load the weights in `folder` with the code in it, in their own dtype if none is given.
+
+        The router and the position table are computed in float32 whatever the rest is in.
+        """
         load_code(Path(folder))
         models = importlib.import_module(f"{PACKAGE}.models")
         dit = models.DiT.from_pretrained(folder)
-        return cls(dit if torch_dtype is None else dit.to(torch_dtype)).eval()
+        for name, parameter in dit.named_parameters() if torch_dtype is not None else ():
+            if not name.endswith(("pos_embed", "moe.router.weight")):
+                parameter.data = parameter.data.to(torch_dtype)
+        return cls(dit).eval()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Predict noise or velocity (N, C_out, H, W) of latents x (N, C, H, W) at times t (N,)."""

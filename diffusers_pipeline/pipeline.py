@@ -42,7 +42,8 @@ class DiTMoEPipeline(DiffusionPipeline):
         """
         super().__init__()
         if vae is not None:
-            vae.requires_grad_(False)  # with gradients torch decodes in other kernels
+            # in float32, as sample.py; with gradients torch decodes in other kernels
+            vae.float().requires_grad_(False)
         self.register_modules(transformer=transformer, vae=vae)
         self.register_to_config(objective=objective, class_names=class_names or [])
         diffusion = importlib.import_module("dit_moe.diffusion")

@@ -144,6 +144,9 @@ def test_bad_images_are_listed_and_left_out(
     assert found.labels.tolist() == [0] * 4 + [1] * 5
     kept = [(index, False) for index in range(10) if index != 3]
     assert torch.equal(found.moments([(i, False) for i in range(9)]), whole.moments(kept))
+    images = load_dataset(folder)  # those that the cache is of, without the broken one
+    assert images.labels.tolist() == found.labels.tolist()
+    assert images.pixels(torch.arange(9)).shape == (9, 3, SIZE, SIZE)
 
 
 @pytest.mark.parametrize(
@@ -266,3 +269,12 @@ def test_an_index_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "index.json").write_text(json.dumps({"format": "else", "version": 1}))
     with pytest.raises(ValueError, match=r"index\.json is not of a latent cache"):
         CachedLatents(tmp_path)
+
+
+def test_an_image_folder_may_hold_another_index(inputs: Path, tmp_path: Path) -> None:
+    shutil.copytree(inputs / "images", tmp_path / "images")
+    (tmp_path / "images" / "index.json").write_text("[]")
+    assert len(load_dataset(tmp_path / "images", image_size=SIZE)) == 10
+    (tmp_path / "images" / "index.json").write_text("{")
+    with pytest.raises(ValueError, match=r"index\.json is damaged"):
+        load_dataset(tmp_path / "images", image_size=SIZE)

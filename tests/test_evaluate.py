@@ -143,6 +143,16 @@ def test_samples_of_another_command_are_not_taken_for_these(
         run(folder, whole, "--cfg-scale", "2")
 
 
+def test_samples_through_another_vae_are_not_taken_for_these(whole: Path, folder: Path) -> None:
+    claim = whole / "seed0.json"
+    text = claim.read_text()
+    assert '"vae": "none"' in text
+    claim.write_text(text.replace('"vae": "none"', '"vae": "0123"'))
+    with pytest.raises(SystemExit, match="holds samples with vae 0123, this command has none"):
+        run(folder, whole)
+    claim.write_text(text)
+
+
 def test_several_seeds_are_shown_with_mean_and_deviation(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -191,6 +201,23 @@ def test_reference_statistics_are_computed_once(
     monkeypatch.setattr(evaluate, "collect", look)
     run(folder, tmp_path / "two")
     assert "digits train" not in looked and "digits test" in looked
+
+
+def test_a_changed_reference_is_looked_at_again(folder: Path, whole: Path, tmp_path: Path) -> None:
+    images = torch.from_numpy(samples(whole)[0]).permute(0, 3, 1, 2)
+    judged = ("--images", str(whole / "seed0.npz"), "--reference", str(tmp_path / "real.npz"))
+    args = evaluate.build_parser().parse_args(["--cache", str(tmp_path), *judged])
+    small = classifiers.Classifier(classifiers.SmallCNN(10, 16).eval(), 0.0)
+    extractor = evaluate.ClassifierExtractor(small, "digits", torch.device("cpu"))
+    means = []
+    for real in (images, 255 - images):
+        save_npz(tmp_path / "real.npz", 23, iter([real]), torch.zeros(23))
+        found = evaluate.reference_statistics(
+            NpzSet(tmp_path / "real.npz"), extractor, args, evaluate.runtime.setup()
+        )
+        assert found is not None
+        means.append(found.pool["mu"])
+    assert not np.allclose(means[0], means[1])
 
 
 def test_moments_that_a_reference_brings_are_used_and_need_inception(

@@ -17,6 +17,8 @@ from models import DiT, DiTConfig, Routing, TopKRouter
 from routing import (
     PROB_UNIT,
     RoutingRecorder,
+    load_entropy,
+    max_violation,
     mutual_information,
     normalized_mutual_information,
     pair_usage,
@@ -218,6 +220,17 @@ def test_another_command_does_not_continue_a_file(ckpt: str, tmp_path: Path):
         count(ckpt, out, "--seed", "1")
 
 
+def test_steps_without_guidance_count_for_nothing_in_the_unconditional_half(
+    ckpt: str, tmp_path: Path
+) -> None:
+    found = count(ckpt, tmp_path / "a.npz", "--cfg-scale", "2", "--cfg-interval", "0.5", "1")
+    assert found.rows.tolist() == [[12, 12, 12], [12, 12, 0]]
+    numbers, ran = measure(found, "unconditional"), found.counts("step", "unconditional")[:, :2]
+    for row, counts in zip(numbers, ran, strict=True):
+        assert row["max_vio_step"] == pytest.approx(max_violation(counts).mean().item())
+        assert row["entropy_late"] == pytest.approx(load_entropy(counts)[-1].item())
+
+
 def test_merging_two_runs_adds_their_counts(ckpt: str, tmp_path: Path):
     options = ("--batch-size", "3", "--raw-samples", "0")
     parts = [tmp_path / "a.npz", tmp_path / "b.npz"]
@@ -225,6 +238,9 @@ def test_merging_two_runs_adds_their_counts(ckpt: str, tmp_path: Path):
     count(ckpt, parts[1], "--seed", "2", *options)
     out = tmp_path / "all.npz"
     arguments = ["--merge", *map(str, parts), "--out", str(out)]
+    with pytest.raises(SystemExit, match=r"exists; choose another name or delete it"):
+        clash = [*arguments[:-1], str(parts[0])]
+        expert_data.main(expert_data.build_parser().parse_args(clash))
     expert_data.main(expert_data.build_parser().parse_args(arguments))
     one, two, both = (RoutingData.load(path) for path in (*parts, out))
     assert both.images_done == 24
@@ -271,6 +287,10 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path):
     np.savez(tmp_path / "a.npz", images=np.zeros(3))
     with pytest.raises(ValueError, match=r"a\.npz is no routing data of expert_data\.py"):
         RoutingData.load(tmp_path / "a.npz")
+    whole = (tmp_path / "a.npz").read_bytes()
+    (tmp_path / "b.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"b\.npz is no routing data of expert_data\.py"):
+        RoutingData.load(tmp_path / "b.npz")
 
 
 # ------------------------------------------------------------------------------ measures

@@ -83,6 +83,10 @@ def test_relative_load_is_one_when_even_and_num_experts_when_collapsed():
     assert relative_load([[5, 5, 5, 5], [0, 20, 0, 0]]).tolist() == [[1, 1, 1, 1], [0, 4, 0, 0]]
 
 
+def test_relative_load_of_nothing_is_not_a_number():
+    assert np.isnan(relative_load([[0, 0], [1, 1]])).tolist() == [[True, True], [False, False]]
+
+
 def test_expert_colors_differ_for_any_number_of_experts():
     for num_experts in (1, 8, 16, 64):
         assert len(set(expert_colors(num_experts))) == num_experts

@@ -132,11 +132,35 @@ def test_nothing_is_overwritten(
         run("convert", source, tmp_path / name)
 
 
-def test_what_the_published_code_cannot_compute_is_refused(tmp_path: Path) -> None:
-    config = DiTConfig.from_dict({**TINY.to_dict(), "mlp_type": "gelu", "norm_topk_prob": True})
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mlp_type": "gelu", "norm_topk_prob": True}, "mlp_type='gelu', norm_topk_prob=True"),
+        ({"num_experts": 0, "qk_norm": False}, "mlp_type='swiglu', qk_norm=False"),
+        ({"num_experts": 0, "mlp_type": "gelu"}, "mlp_type='gelu', qk_norm=True"),
+    ],
+)
+def test_what_the_published_code_cannot_compute_is_refused(
+    tmp_path: Path, fields: dict[str, Any], message: str
+) -> None:
+    config = DiTConfig.from_dict({**TINY.to_dict(), **fields})
     save_safetensors(tmp_path / "x.safetensors", random_model(config).state_dict(), config, {})
-    with pytest.raises(SystemExit, match=r"mlp_type='gelu', norm_topk_prob=True"):
+    with pytest.raises(SystemExit, match=message):
         run("convert", tmp_path / "x.safetensors", tmp_path / "x.pt")
+
+
+def test_a_published_file_can_be_told_its_experts_per_token(tmp_path: Path) -> None:
+    run("convert", saved(tmp_path), tmp_path / "published.pt")
+    run("convert", tmp_path / "published.pt", tmp_path / "ours", "--num-experts-per-tok", "3")
+    assert load_model(tmp_path / "ours").config.num_experts_per_tok == 3
+    assert load_model(tmp_path / "published.pt").config.num_experts_per_tok == 2
+
+
+def test_half_weights_are_exported_in_float32(tmp_path: Path) -> None:
+    run("convert", saved(tmp_path), tmp_path / "half", "--dtype", "bfloat16")
+    run("export", tmp_path / "half", tmp_path / "exported.safetensors")
+    expected = {n: t.float() for n, t in load_model(tmp_path / "half").state_dict().items()}
+    same(load_model(tmp_path / "exported.safetensors").state_dict(), expected)
 
 
 # ---------------------------------------------------------------- huggingface_hub
@@ -151,6 +175,13 @@ def test_save_pretrained_and_from_pretrained_are_inverse(tmp_path: Path, mlp_typ
         assert loaded.config == config and not loaded.training
         assert not loaded.pos_embed.requires_grad
         same(loaded.state_dict(), model.state_dict())
+
+
+def test_what_our_weights_tell_survives_the_hub(tmp_path: Path) -> None:
+    run("convert", saved(tmp_path), tmp_path / "folder")
+    DiT.from_pretrained(tmp_path / "folder").save_pretrained(tmp_path / "hub")
+    load_model(tmp_path / "hub").save_pretrained(tmp_path / "again")
+    assert load_settings(tmp_path / "again") == SETTINGS
 
 
 def test_from_pretrained_reads_a_sharded_folder(
@@ -189,6 +220,11 @@ for folder in sys.argv[1:]:
     options = dict(num_inference_steps=3, guidance_scale=2.0, seed=7)
     torch.save(pipe([0, 1, 2, "a"], output_type="pt", **options).images, folder + ".pt")
     pipe(["a"], num_inference_steps=1).images[0].save(folder + ".png")
+half = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, torch_dtype=torch.bfloat16)
+types = {name: p.dtype for name, p in half.transformer.dit.named_parameters()}
+assert types.pop("pos_embed") == torch.float32 == half.vae.dtype
+assert {t for n, t in types.items() if n.endswith("router.weight")} == {torch.float32}
+assert {t for n, t in types.items() if not n.endswith("router.weight")} == {torch.bfloat16}
 """
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from data import load_dataset
-from image_sets import DatasetSet, FolderSet, NpzSet, save_npz
+from image_sets import DatasetSet, FolderSet, NpzSet, Spread, save_npz
 
 IMAGES = torch.arange(5 * 3 * 4 * 4).reshape(5, 3, 4, 4).to(torch.uint8)
 
@@ -29,6 +29,14 @@ def test_an_npz_is_mapped_and_gives_any_range(tmp_path: Path) -> None:
     assert len(found) == 5 and isinstance(found.array, np.memmap)
     assert torch.equal(found.images(1, 4), IMAGES[1:4])
     assert torch.equal(found.images(4, 9), IMAGES[4:])
+
+
+def test_some_images_of_a_set_are_spread_over_it(tmp_path: Path) -> None:
+    save_npz(tmp_path / "samples.npz", 5, iter(IMAGES.split(2)), torch.arange(5))
+    found = Spread(NpzSet(tmp_path / "samples.npz"), 3)
+    assert len(found) == 3 and torch.equal(found.images(0, 9), IMAGES[[0, 2, 4]])
+    assert torch.equal(found.images(1, 2), IMAGES[2:3])
+    assert len(Spread(NpzSet(tmp_path / "samples.npz"), 9)) == 5
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])

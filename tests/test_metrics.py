@@ -149,9 +149,12 @@ def test_fid_of_inception_is_the_librarys_own(inception_weights: str, tmp_path: 
 @pytest.mark.slow
 def test_sfid_looks_at_seven_channels_of_17_by_17_positions(inception_weights: str) -> None:
     ours = InceptionExtractor(inception_weights, torch.device("cpu"))
+    branch: list[torch.Tensor] = []
+    ours.network.Mixed_6d.branch1x1.register_forward_hook(lambda *call: branch.append(call[-1]))
     features = ours(some_images(2, 1))
     assert features.pool.shape == (2, 2048)
-    assert features.spatial.shape == (2, 7 * 17 * 17)
+    spatial = features.spatial.view(2, 17, 17, 7)  # as TensorFlow, and so ADM's moments, have it
+    assert torch.equal(spatial[1, 4, 9], branch[0][1, :7, 4, 9])
     assert features.logits.shape == (2, 1008)
 
 
