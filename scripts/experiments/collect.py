@@ -10,7 +10,6 @@ Prints Markdown tables; writes their figures as JSON, and pictures, to docs/resu
 import argparse
 import json
 import re
-import shutil
 import statistics
 from pathlib import Path
 
@@ -72,7 +71,8 @@ def claims(results: Path, docs: Path) -> dict[str, dict[str, list[float]]]:
             print(f"| {variant} | " + " | ".join(cells) + " |")
     draw_curves(curves, docs / "claims.png")
     first = {name: results / f"{name}-seed0" / "seed0.npz" for name in values}
-    draw_samples({name: file for name, file in first.items() if file.exists()}, docs)
+    files = {name: file for name, file in first.items() if file.exists()}
+    draw_samples(files, docs / "claims_samples.png")
     return values
 
 
@@ -109,26 +109,27 @@ def draw_curves(curves: dict[str, list[tuple[list[int], list[float]]]], path: Pa
     figure.savefig(path, dpi=80)
 
 
-def draw_samples(files: dict[str, Path], docs: Path) -> None:
-    """Draw a row of samples of each variant's first seed, one class a column."""
-    figure, axis = plt.subplots(figsize=(7, 0.7 * len(files)), layout="constrained")
+def draw_samples(files: dict[str, Path], path: Path) -> None:
+    """Draw a row of each file's first ten samples, one class a column."""
+    figure, axis = plt.subplots(figsize=(8, 0.65 * len(files)), layout="constrained")
     rows = []
     for file in files.values():
         with np.load(file) as content:
-            rows.append(np.concatenate([*content["arr_0"][:20, :, :, 0]], axis=1))
+            rows.append(np.concatenate([*content["arr_0"][:10, :, :, 0]], axis=1))
     axis.imshow(np.concatenate(rows), cmap="gray")
     side = len(rows[0])
     axis.set(xticks=[], yticks=[side * (i + 0.5) for i in range(len(rows))])
     axis.set_yticklabels(list(files))
-    figure.savefig(docs / "claims_samples.png", dpi=120)
+    figure.savefig(path, dpi=100, bbox_inches="tight")
 
 
 # ------------------------------------------------------------------------------ samplers
 
 
 def samplers(results: Path, docs: Path) -> dict[str, dict[str, float]]:
-    """Print a row per sampler, copy its picture; returns the values."""
+    """Print a row per sampler, draw samples of each; returns the values."""
     rows: dict[str, dict[str, float]] = {}
+    files: dict[str, Path] = {}
     print("| sampler | steps | guidance | FD | precision | recall | read right | ms a sample |")
     print("|---|---|---|---|---|---|---|---|")
     for path in sorted(results.glob("*/metrics.json"), key=sampler_order):
@@ -142,7 +143,8 @@ def samplers(results: Path, docs: Path) -> dict[str, dict[str, float]]:
         cells = [flags["sampler"], str(flags["num_sampling_steps"]), guidance, f"{row[FD]:.2f}"]
         cells += [f"{row[key]:.3f}" for key in ("precision", "recall", READ)]
         print("| " + " | ".join([*cells, f"{1000 * row['seconds per sample']:.0f}"]) + " |")
-        shutil.copy(path.parent / f"seed{flags['seed']}.png", docs / f"sampler-{name}.png")
+        files[name] = path.parent / f"seed{flags['seed']}.npz"
+    draw_samples(files, docs / "samplers.png")
     return rows
 
 
