@@ -277,7 +277,8 @@ def reference_statistics(
     An .npz that brings its moments, as ADM's do, is used with these.
     """
     path = args.reference
-    key = f"{describe_source(path, args)} {len(real)} {args.image_size} {extractor.identity}"
+    size = real.dataset.image_size if isinstance(real, DatasetSet) else None
+    key = f"{describe_source(path, args)} {len(real)} {size} {extractor.identity}"
     cached = Path(args.cache) / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
     if runtime.from_main(cached.exists()):
         return Statistics.load(cached) if run.is_main else None

@@ -6,7 +6,7 @@
 # the same command again goes on. STEPS, SEEDS and OUT make it shorter or longer.
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 
-export STEPS=${STEPS:-800} OUT=${OUT:-results/claims} OMP_NUM_THREADS=1
+export STEPS=${STEPS:-600} OUT=${OUT:-results/claims} OMP_NUM_THREADS=1
 half=$((STEPS / 2))
 
 train() { # name, seed, flags...
