@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 from flags import FlagParser, flag, number
 from layouts import StateDict
 from models import DiTConfig
-from sharded import latest_sharded
+from sharded import latest_sharded, mark_latest
 
 FORMAT, VERSION = "dit-moe", 1
 CHECKPOINT_KEYS = (
@@ -138,7 +138,7 @@ def checkpoint_hash(path: str | Path) -> str:
 
 
 def latest_checkpoint(run_dir: str | Path) -> Path | None:
-    """Return the last checkpoint: a sharded one's folder, else the whole file of the highest step.
+    """Return the last checkpoint: a sharded one's folder, else the file written last.
 
     Files without a proper end are skipped.
     """
@@ -151,23 +151,30 @@ def latest_checkpoint(run_dir: str | Path) -> Path | None:
     return None
 
 
-def prune_checkpoints(run_dir: str | Path, keep_last: int) -> None:
-    """Delete all but the last `keep_last` checkpoints (0 keeps all), and what killed writes left.
+def commit_checkpoint(path: Path, keep_last: int) -> None:
+    """Make a checkpoint of a run the latest; then delete the oldest ones.
 
     Args:
-        run_dir: run folder; only the process that writes it may prune it.
-        keep_last: >= 0.
+        path: of the checkpoint; only the process that writes the run may call this.
+        keep_last: number to keep, 0 keeps all; what killed writes left goes too.
     """
-    for leftover in (Path(run_dir) / "checkpoints").glob("*.tmp"):
+    mark_latest(path)
+    for leftover in path.parent.glob("*.tmp"):
         leftover.unlink()
-    for path in _checkpoints(run_dir)[:-keep_last] if keep_last else []:
-        path.unlink()
+    for old in _checkpoints(path.parents[1])[:-keep_last] if keep_last else []:
+        old.unlink()
 
 
 def _checkpoints(run_dir: str | Path) -> list[Path]:
-    """Return the checkpoints of a run in the order of their steps."""
-    paths = (Path(run_dir) / "checkpoints").glob("*.pt")
-    return sorted((path for path in paths if path.stem.isdigit()), key=lambda path: int(path.stem))
+    """Return the checkpoints of a run in the order of their steps, but the one written last, last.
+
+    It has a lower step than others in a run that went back to an older checkpoint.
+    """
+    folder = Path(run_dir) / "checkpoints"
+    pointer = folder / "latest"
+    latest = pointer.read_text().strip() if pointer.is_file() else ""
+    paths = [path for path in folder.glob("*.pt") if path.stem.isdigit()]
+    return sorted(paths, key=lambda path: (path.name == latest, int(path.stem)))
 
 
 # ---------------------------------------------------------------- files

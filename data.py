@@ -7,12 +7,14 @@ In the order data flows: the datasets (`load_dataset`), the stream of training b
 Shape letters: N batch, C channels, S image size, H W latent size, n samples in a dataset.
 """
 
+import contextlib
 import gzip
 import itertools
 import json
 import math
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -124,14 +126,14 @@ class TensorImages(ImageDataset):
 class FolderImages(ImageDataset):
     """A folder with one subfolder of image files per class, centre-cropped, RGB."""
 
-    def __init__(self, root: Path, image_size: int, flip: bool, unreadable: Sequence[str] = ()):
+    def __init__(self, root: Path, image_size: int, flip: bool, unreadable: Sequence[int] = ()):
         """List the files; classes are the subfolders in alphabetical order.
 
         Args:
             root: the folder.
             image_size: S, pixels.
             flip: whether training mirrors half of the images.
-            unreadable: files to leave out, relative to the folder.
+            unreadable: numbers of files to leave out.
 
         Raises:
             ValueError: not a folder of class folders with images.
@@ -142,8 +144,8 @@ class FolderImages(ImageDataset):
             folder = ImageFolder(str(root))
         except FileNotFoundError as error:
             raise ValueError(f"--data-path {root}: {error}. {ACCEPTED_DATA}") from error
-        left_out = {str(root / path) for path in unreadable}
-        samples = [sample for sample in folder.samples if sample[0] not in left_out]
+        left_out = set(unreadable)
+        samples = [item for i, item in enumerate(folder.samples) if i not in left_out]
         self.paths = [path for path, _ in samples]
         labels = torch.tensor([label for _, label in samples])
         super().__init__(labels, folder.classes, 3, image_size, flip)
@@ -205,10 +207,10 @@ def load_dataset(
         hint = "" if name in splits else " (give the path of another split's folder instead)"
         raise ValueError(f"split {split!r} of --data-path {name}: accepted {accepted}{hint}")
     if name not in splits:
-        unreadable: list[str] = []
+        unreadable: list[int] = []
         if (index := cache_index(name)) is not None:
             name, image_size = index["data_path"], image_size or index["image_size"]
-            unreadable = [entry["path"] for entry in index["bad"] if "path" in entry]
+            unreadable = [entry["index"] for entry in index["bad"]]
         if not Path(name).is_dir():
             raise ValueError(f"--data-path {name} is not a folder. {ACCEPTED_DATA}")
         return FolderImages(Path(name), image_size or 256, flip is not False, unreadable)
@@ -262,16 +264,23 @@ def _load_fashion_mnist(split: str, root: str | Path | None, flip: bool) -> Tens
 def _find_fashion_mnist() -> Path:
     if FASHION_MNIST_ROOT.is_dir():
         return FASHION_MNIST_ROOT
+    whole = FASHION_MNIST_DOWNLOAD / "FashionMNIST"
+    if whole.is_dir():
+        return whole / "raw"
     from torchvision.datasets import FashionMNIST
 
     try:
-        FashionMNIST(str(FASHION_MNIST_DOWNLOAD), download=True)
+        FASHION_MNIST_DOWNLOAD.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=FASHION_MNIST_DOWNLOAD) as temp:  # each rank its own
+            FashionMNIST(temp, download=True)
+            with contextlib.suppress(OSError):  # another rank was faster
+                os.rename(Path(temp) / "FashionMNIST", whole)
     except (OSError, RuntimeError) as error:
         raise ValueError(
             f"--data-path fashion-mnist: no files in {FASHION_MNIST_ROOT} (Debian: apt install "
             f"dataset-fashion-mnist) and the download to {FASHION_MNIST_DOWNLOAD} failed: {error}"
         ) from error
-    return FASHION_MNIST_DOWNLOAD / "FashionMNIST" / "raw"
+    return whole / "raw"
 
 
 def _read_idx(path: Path) -> Tensor:

@@ -135,9 +135,7 @@ class Encoder:
         for batch in loader:
             for position, item in enumerate(batch):
                 if isinstance(item, str):
-                    row = rows[first + position]
-                    path = Path(self.dataset.paths[row]).relative_to(self.args.data_path)
-                    bad.append({"index": row, "path": str(path), "error": item})
+                    bad.append({"index": rows[first + position], "error": item})
             good = [i for i, item in enumerate(batch) if not isinstance(item, str)]
             if good:
                 pixels = torch.stack([batch[i] for i in good]).to(self.run.device)
@@ -248,7 +246,7 @@ def encode(args: argparse.Namespace, run: runtime.Runtime) -> str:
 
 def main(args: argparse.Namespace) -> None:
     """Encode and report."""
-    run = runtime.setup()
+    run = runtime.setup(runtime.LONG_WAIT)
     try:
         report = encode(args, run)
     except (ValueError, FileNotFoundError) as error:

@@ -32,7 +32,7 @@ from tqdm import tqdm
 import runtime
 from checkpoint import atomic_write, checkpoint_hash
 from classifiers import EPOCHS, Classifier, load_classifier, predict
-from data import VAE, ImageDataset, Pixels, load_dataset, load_vae, save_grid
+from data import VAE, ImageDataset, Pixels, cache_index, load_dataset, load_vae, save_grid
 from diffusion import Diffusion, create_diffusion
 from flags import FlagParser, flag, number, sampling_flags, sampling_options
 from image_sets import DatasetSet, FolderSet, ImageSet, NpzSet, Spread, save_npz
@@ -302,7 +302,8 @@ def describe_source(path: str, args: argparse.Namespace) -> str:
     """Name real images so that changed ones get another name: by the files' place and age."""
     if path in EPOCHS:
         return f"{path} {args.fashion_mnist_root}" if args.fashion_mnist_root else path
-    root = Path(path)
+    index = cache_index(path)
+    root = Path(index["data_path"] if index else path)
     ages = [entry.stat().st_mtime_ns for entry in (root, *root.glob("*/")) if entry.exists()]
     return f"{root.resolve()} {max(ages)} {root.stat().st_size}"
 
@@ -439,7 +440,7 @@ def format_result(result: dict[str, Any]) -> Iterator[str]:
 
 def main(args: argparse.Namespace) -> None:
     """Evaluate, print the table, save it as metrics.json."""
-    run = runtime.setup()
+    run = runtime.setup(runtime.LONG_WAIT)
     try:
         result = evaluate(args, run)
     except (ValueError, FileNotFoundError) as error:

@@ -27,6 +27,7 @@ from checkpoint import checkpoint_hash
 from data import VAE, ImageDataset, Pixels, load_dataset, load_vae
 from diffusion import Diffusion, create_diffusion
 from flags import FlagParser, flag, number, sampling_flags, sampling_options
+from latent_cache import vae_identity
 from models import DiT
 from routing import RoutingRecorder
 from routing_data import (
@@ -88,7 +89,9 @@ def model_times(args: argparse.Namespace, diffusion: Diffusion) -> list[float]:
     return [t for t, _ in diffusion.steps(args.sampler, args.num_sampling_steps, None)]
 
 
-def describe(args: argparse.Namespace, model: DiT, settings: dict[str, Any]) -> dict[str, Any]:
+def describe(
+    args: argparse.Namespace, model: DiT, settings: dict[str, Any], vae: VAE | Pixels
+) -> dict[str, Any]:
     """Return the metadata of this run, before its first image; fills in defaults of `args`."""
     config, objective = model.config, find_objective(settings, model.config, args.rf)
     diffusion = create_diffusion(objective, learn_sigma=config.learn_sigma)
@@ -116,6 +119,7 @@ def describe(args: argparse.Namespace, model: DiT, settings: dict[str, Any]) -> 
         "checkpoint": source | {"dtype": str(model.dtype)},
         "objective": objective,
         "source": "real" if args.real else "samples",
+        "vae": vae_identity(vae) if isinstance(vae, VAE) else "none",
         "data_path": (args.data_path or settings.get("data_path")) if args.real else None,
         "sampler": args.sampler,
         "num_steps": len(model_times(args, diffusion)),
@@ -139,6 +143,8 @@ def open_data(path: str, empty: RoutingData) -> RoutingData:
     wanted = comparable(empty.meta) | {"run": empty.meta["runs"][0] | {"images_done": 0}}
     has = comparable(found.meta) | {"run": found.meta["runs"][0] | {"images_done": 0}}
     different = [key for key in wanted if wanted[key] != has.get(key)]
+    if not different and not torch.equal(found.times, empty.times):
+        different = ["times"]
     if different or len(found.meta["runs"]) > 1 or found.raw_ids.shape != empty.raw_ids.shape:
         key = different[0] if different else "the number of runs or raw samples"
         raise ValueError(f"--out {path} exists and {key} differs; choose another name or delete it")
@@ -293,10 +299,10 @@ def count_experts(args: argparse.Namespace, run: runtime.Runtime) -> RoutingData
     args.fashion_mnist_root = args.fashion_mnist_root or settings.get("fashion_mnist_root")
     if args.real and not args.data_path:
         raise ValueError("--real needs --data-path: this checkpoint does not say its data")
-    meta = describe(args, model, settings)
-    diffusion = create_diffusion(meta["objective"], learn_sigma=config.learn_sigma)
     vae_path = args.vae_path or settings.get("vae_path") or "stabilityai/sd-vae-ft-ema"
     vae = load_vae(vae_path, device=run.device, model_channels=config.in_channels)
+    meta = describe(args, model, settings, vae)
+    diffusion = create_diffusion(meta["objective"], learn_sigma=config.learn_sigma)
     num_raw = min(args.raw_samples, meta["runs"][0]["num_images"])
     recorder = RoutingRecorder(model, meta["num_steps"], num_raw)
     router = Router(args, model, diffusion, recorder, vae)
@@ -316,7 +322,7 @@ def count_experts(args: argparse.Namespace, run: runtime.Runtime) -> RoutingData
 
 def main(args: argparse.Namespace) -> None:
     """Count or merge; print and save the table."""
-    run = runtime.setup()
+    run = runtime.setup(runtime.LONG_WAIT)
     try:
         if (args.ckpt is None) == (args.merge is None):
             raise ValueError("--ckpt or --merge: give one of them")

@@ -225,7 +225,7 @@ class Attention(nn.Module):
         """Map (N, T, D) to (N, T, D)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # (N, T, heads, d)
-        if self.use_flash_attn:
+        if self.use_flash_attn and v.dtype != torch.float32:  # an EMA draws without autocast
             from flash_attn import flash_attn_func
 
             return self.proj(flash_attn_func(q, k, v).flatten(2))
@@ -581,18 +581,21 @@ class DiT(nn.Module, PyTorchModelHubMixin, library_name="dit-moe"):
             config: read from config.json by the mixin.
             **download: revision, cache_dir, force_download, local_files_only, token.
         """
-        patterns = ["config.json", "model*.safetensors"]
+        index = "model.safetensors.index.json"
+        patterns = ["config.json", "model*.safetensors", index]
         if not Path(model_id).is_dir():
             model_id = snapshot_download(model_id, allow_patterns=patterns, **download)
         state: dict[str, Tensor] = {}
-        settings: dict[str, Any] = {}
+        metadata: dict[str, Any] = {}
+        if (Path(model_id) / index).is_file():  # of several files, it alone has the metadata
+            metadata = json.loads((Path(model_id) / index).read_text()).get("metadata", {})
         for file in sorted(Path(model_id).glob("model*.safetensors")):
             state |= load_file(file, device=map_location)
             with safe_open(file, framework="pt") as opened:
-                settings |= json.loads((opened.metadata() or {}).get("settings", "{}"))
+                metadata |= opened.metadata() or {}
         with torch.device("meta"):
             model = cls(config)
-        model.settings = settings
+        model.settings = json.loads(metadata.get("settings", "{}"))
         model.load_state_dict(state, strict=strict, assign=True)
         return model.eval()
 

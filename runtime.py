@@ -23,9 +23,9 @@ DTYPES = {
 }
 
 
-# How long a rank waits for the others. The defaults, 10 and 30 minutes, are less than one batch of
-# samples or one shard of latents can take; of a dead rank torchrun tells at once.
-WAIT = timedelta(days=1)
+# How long a rank waits for the others where they meet seldom: torch's 10 minutes (nccl) or 30
+# (gloo) are less than a batch of samples or a shard of latents can take.
+LONG_WAIT = timedelta(days=1)
 
 
 class Runtime(NamedTuple):
@@ -48,8 +48,12 @@ def pick_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
-def setup() -> Runtime:
-    """Pick the device, tune its allocator and, under torchrun, join the process group."""
+def setup(wait: timedelta | None = None) -> Runtime:
+    """Pick the device, tune its allocator and, under torchrun, join the process group.
+
+    Args:
+        wait: how long a rank waits for the others, torch's default if absent.
+    """
     device = pick_device()
     if device.type == "cpu":
         keep_freed_memory(True)
@@ -68,7 +72,7 @@ def setup() -> Runtime:
             store=dist.PrefixStore(f"attempt_{attempt}", store),
             rank=rank,
             world_size=world_size,
-            timeout=WAIT,
+            timeout=wait,
         )
     return Runtime(dist.get_rank(), dist.get_world_size(), device)
 

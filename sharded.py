@@ -130,16 +130,21 @@ def commit(partial: Path, keep_last: int) -> Path:
     if folder.exists():  # a run that went back to an older checkpoint passes here again
         shutil.rmtree(folder)
     os.rename(partial, folder)
-    pointer = folder.parent / "latest"
-    temporary = pointer.with_suffix(".tmp")
-    _write_text(temporary, folder.name)
-    os.replace(temporary, pointer)
+    mark_latest(folder)
     for leftover in folder.parent.glob("*.partial"):
         shutil.rmtree(leftover)
     for old in _folders(folder.parent)[:-keep_last] if keep_last else []:
         if old != folder:
             shutil.rmtree(old)
     return folder
+
+
+def mark_latest(checkpoint: Path) -> None:
+    """Let `latest` beside a checkpoint name it: a run that went back may hold later steps."""
+    pointer = checkpoint.with_name("latest")
+    temporary = pointer.with_suffix(".tmp")
+    _write_text(temporary, checkpoint.name)
+    os.replace(temporary, pointer)
 
 
 def _folders(checkpoints: Path) -> list[Path]:

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 import runtime
-from checkpoint import checkpoint_path, load_checkpoint, prune_checkpoints, save_checkpoint
+from checkpoint import checkpoint_path, commit_checkpoint, load_checkpoint, save_checkpoint
 from train_loop import Batch, draw_grid, launch, learning_rate, mean_losses, micro_loss
 from train_utils import Ema, Job, build_parser, check_resumable, compile_blocks, restore_rng
 
@@ -93,7 +93,7 @@ class DdpTrainer:
             step=self.step,
             rng=rng,
         )
-        prune_checkpoints(self.job.run_dir, self.args.keep_last)
+        commit_checkpoint(path, self.args.keep_last)
         logging.info("checkpoint: %s", path)
 
     def resume(self, path: Path) -> None:

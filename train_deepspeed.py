@@ -160,8 +160,12 @@ class DeepSpeedTrainer:
                 "step": torch.tensor(state["adam_step"], device=shard.device),
                 **{kind: tensors[i] for kind, tensors in moments.items()},
             }
-        for key, value in state["loss_scale"].items():
-            setattr(self.engine.optimizer.loss_scaler, key, value)
+        scaler = getattr(self.engine.optimizer, "loss_scaler", None)
+        if (
+            getattr(scaler, "dynamic", False) and "cur_iter" in state["loss_scale"]
+        ):  # fp16, as saved
+            for key, value in state["loss_scale"].items():
+                setattr(scaler, key, value)
         self.step = state["step"]
         restore_rng(self.job, path, self.step, state["num_ranks"], checkpoint.rng)
         logging.info("resumed %s at step %d", path, self.step)

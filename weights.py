@@ -277,7 +277,9 @@ def _shards(folder: Path, stem: str) -> list[Path]:
 
 def _open_safetensors(*paths: Path) -> _Source:
     """Open files of one model; its config may also lie beside them as config.json."""
-    metadata: dict[str, str] = {}
+    index = paths[0].with_name("model.safetensors.index.json")  # huggingface_hub's settings
+    content = json.loads(index.read_text()) if index.is_file() else {}
+    metadata: dict[str, Any] = content.get("metadata", {})
     files: dict[str, Path] = {}
     for path in paths:
         if not path.is_file():

@@ -16,9 +16,9 @@ from torch import Tensor
 from checkpoint import (
     atomic_write,
     checkpoint_path,
+    commit_checkpoint,
     latest_checkpoint,
     load_checkpoint,
-    prune_checkpoints,
     save_checkpoint,
     save_safetensors,
 )
@@ -138,10 +138,20 @@ def test_pruning_keeps_the_last_ones_and_removes_leftovers(tmp_path: Path) -> No
     paths = [save_tiny(checkpoint_path(tmp_path, step)) for step in (1, 2, 3)]
     leftover = paths[0].with_suffix(".pt.tmp")
     leftover.touch()
-    prune_checkpoints(tmp_path, keep_last=0)
+    commit_checkpoint(paths[2], keep_last=0)
     assert [path.exists() for path in (*paths, leftover)] == [True, True, True, False]
-    prune_checkpoints(tmp_path, keep_last=2)
+    commit_checkpoint(paths[2], keep_last=2)
     assert [path.exists() for path in paths] == [False, True, True]
+
+
+def test_a_run_that_went_back_keeps_and_continues_what_it_wrote_last(tmp_path: Path) -> None:
+    paths = [save_tiny(checkpoint_path(tmp_path, step)) for step in (10, 15, 20)]
+    commit_checkpoint(paths[2], keep_last=3)
+    back = save_tiny(checkpoint_path(tmp_path, 12))
+    commit_checkpoint(back, keep_last=3)
+    assert latest_checkpoint(tmp_path) == back and not paths[0].exists()
+    back.write_bytes(back.read_bytes()[:-100])  # damaged: the best that is left
+    assert latest_checkpoint(tmp_path) == paths[2]
 
 
 def test_only_our_checkpoints_can_be_resumed(tmp_path: Path) -> None:

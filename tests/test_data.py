@@ -218,8 +218,27 @@ def test_no_fashion_mnist_and_no_network_says_what_to_install(tmp_path, monkeypa
 
     monkeypatch.setattr("torchvision.datasets.FashionMNIST", fail)
     monkeypatch.setattr(data, "FASHION_MNIST_ROOT", tmp_path / "missing")
+    monkeypatch.setattr(data, "FASHION_MNIST_DOWNLOAD", tmp_path / "data")
     with pytest.raises(ValueError, match=r"apt install dataset-fashion-mnist.*no network"):
         load_dataset("fashion-mnist")
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_a_downloaded_fashion_mnist_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    roots = []
+
+    def download(root, download):
+        roots.append(root)
+        raw = Path(root) / "FashionMNIST" / "raw"
+        raw.mkdir(parents=True)
+        write_fashion_mnist(raw)
+
+    monkeypatch.setattr("torchvision.datasets.FashionMNIST", download)
+    monkeypatch.setattr(data, "FASHION_MNIST_ROOT", tmp_path / "missing")
+    monkeypatch.setattr(data, "FASHION_MNIST_DOWNLOAD", tmp_path / "data")
+    for _ in range(2):
+        assert len(load_dataset("fashion-mnist")) == 3
+    assert len(roots) == 1 and [p.name for p in (tmp_path / "data").iterdir()] == ["FashionMNIST"]
 
 
 def test_a_folder_gives_rgb_squares_and_alphabetical_classes(tmp_path):

@@ -231,6 +231,13 @@ def test_steps_without_guidance_count_for_nothing_in_the_unconditional_half(
         assert row["entropy_late"] == pytest.approx(load_entropy(counts)[-1].item())
 
 
+def test_real_images_at_other_times_do_not_continue_a_file(ckpt: str, tmp_path: Path) -> None:
+    flags = ("--real", "--max-batches", "1", "--times")
+    count(ckpt, tmp_path / "a.npz", *flags, "0.1", "0.5")
+    with pytest.raises(SystemExit, match="exists and times differs"):
+        count(ckpt, tmp_path / "a.npz", *flags, "0.2", "0.5")
+
+
 def test_merging_two_runs_adds_their_counts(ckpt: str, tmp_path: Path):
     options = ("--batch-size", "3", "--raw-samples", "0")
     parts = [tmp_path / "a.npz", tmp_path / "b.npz"]

@@ -1,6 +1,7 @@
 """Layouts convert into each other without a loss; a pipeline folder draws what sample.py does."""
 
 import argparse
+import functools
 import os
 import re
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from PIL import Image
@@ -182,6 +184,17 @@ def test_what_our_weights_tell_survives_the_hub(tmp_path: Path) -> None:
     DiT.from_pretrained(tmp_path / "folder").save_pretrained(tmp_path / "hub")
     load_model(tmp_path / "hub").save_pretrained(tmp_path / "again")
     assert load_settings(tmp_path / "again") == SETTINGS
+
+
+def test_what_our_weights_tell_survives_the_hub_in_several_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = functools.partial(huggingface_hub.save_torch_state_dict, max_shard_size=30_000)
+    monkeypatch.setattr("models.save_torch_state_dict", split)
+    load_model(saved(tmp_path)).save_pretrained(tmp_path / "hub")
+    assert (tmp_path / "hub" / "model.safetensors.index.json").is_file()
+    assert load_settings(tmp_path / "hub") == SETTINGS
+    assert DiT.from_pretrained(tmp_path / "hub").settings == SETTINGS
 
 
 def test_from_pretrained_reads_a_sharded_folder(

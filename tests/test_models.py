@@ -151,9 +151,12 @@ def test_unpatchify_puts_each_patch_back_where_it_was():
 @pytest.mark.parametrize("config", [TINY, WITHOUT_QK_NORM], ids=["qk_norm", "no_qk_norm"])
 def test_flash_attention_computes_the_same(config: DiTConfig, monkeypatch: pytest.MonkeyPatch):
     def flash_attn_func(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        assert q.dtype == k.dtype == v.dtype == torch.bfloat16  # it takes half formats only
+        called.append(q)
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # from (N, T, heads, d)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
+    called: list[Tensor] = []
     package = ModuleType("flash_attn")
     package.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", package)
@@ -162,7 +165,12 @@ def test_flash_attention_computes_the_same(config: DiTConfig, monkeypatch: pytes
     model.use_flash_attn()
     assert all(m.use_flash_attn for m in model.modules() if isinstance(m, Attention))
     torch.testing.assert_close(model(*inputs), expected)
-    assert list(model.state_dict()) == names
+    assert list(model.state_dict()) == names and not called
+    model.bfloat16()
+    flash = model(*inputs)
+    model.use_flash_attn(False)
+    torch.testing.assert_close(flash, model(*inputs), atol=0.02, rtol=0.02)
+    assert len(called) == config.depth
 
 
 def test_flash_attention_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch):
