@@ -186,13 +186,14 @@ def losses(log: str) -> dict[int, float]:
     return {int(s): float(v) for s, v in re.findall(r"step (\d+): loss ([\d.]+)", log)}
 
 
+@pytest.mark.parametrize("case", ["stage 0", "stage 2"])  # of a run at stage 3
 def test_one_rank_continues_two_ranks_run_and_at_another_stage(
-    undisturbed: Path, tmp_path: Path
+    case: str, undisturbed: Path, tmp_path: Path
 ) -> None:
     # At a rate of zero the weights stay those of the checkpoint, and the loss is theirs.
     start = checkpoint(undisturbed, 6)
     flags = (*RUN, "--max-steps", "8", "--lr", "0", "--resume", str(start))
-    script = command(tmp_path, *flags, case="stage 2")
+    script = command(tmp_path, *flags, case=case)
     output = Process([sys.executable, *script], tmp_path / "log.txt").wait()
     assert f"{start} is from 2 ranks, this run has 1" in output
     ours, theirs = ShardedCheckpoint(checkpoint(tmp_path / "run", 8)), ShardedCheckpoint(start)
