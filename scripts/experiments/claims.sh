@@ -2,7 +2,7 @@
 # The paper's claims at the scale of two CPU cores: trains every variant of a small Fashion-MNIST
 # model with three seeds, evaluates all, writes the tables and curves of docs/RESULTS.md:
 #   bash scripts/experiments/claims.sh
-# About 45 minutes on two quiet cores: two runs at a time, one thread each. What is done stays done;
+# About 45 minutes on two cores: two runs at a time, one thread each. What is done stays done;
 # the same command again goes on. STEPS, SEEDS and OUT make it shorter or longer.
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 

@@ -29,7 +29,13 @@ CLAIMS = {  # claim -> its variants, the first one is what the others are compar
     "balance": ["moe", "balance0", "balance0.01", "balance0.05"],
     "upcycled": ["moe", "upcycled"],
 }
-MEASURES = {LOSS: "loss on test images", FD: "FD", "max_vio": "MaxVio", "dead": "dead experts"}
+MEASURES = {
+    LOSS: "loss on test images",
+    FD: "FD",
+    READ: "read right",
+    "max_vio": "MaxVio",
+    "dead": "dead experts",
+}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -59,7 +65,7 @@ def claims(results: Path, docs: Path) -> dict[str, dict[str, list[float]]]:
             if f"experts/{name}" in scalars:
                 points = events.Scalars(f"experts/{name}")
                 row[name] = statistics.mean(p.value for p in points[len(points) // 2 :])
-        for name in {*MEASURES, READ} & row.keys():
+        for name in MEASURES.keys() & row.keys():
             values.setdefault(variant, {}).setdefault(name, []).append(row[name])
         loss = events.Scalars("loss")
         curves.setdefault(variant, []).append(([p.step for p in loss], [p.value for p in loss]))
@@ -86,18 +92,19 @@ def spread(values: list[float]) -> str:
     if not values:
         return ""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
+    digits = 1 if values[0] > 100 else 4  # FD, else shares and losses
+    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
 def draw_curves(curves: dict[str, list[tuple[list[int], list[float]]]], path: Path) -> None:
-    """Draw each claim's training losses, mean and range over seeds, from a tenth of the run on."""
+    """Draw each claim's training losses, mean and range over seeds, from a third of the run on."""
     figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
     for axis, (claim, variants) in zip(axes.flat, CLAIMS.items(), strict=True):
         for variant in (name for name in variants if name in curves):
             steps = curves[variant][0][0]
             runs = [losses[: len(steps)] for _, losses in curves[variant]]
             columns = list(zip(*runs, strict=True))
-            shown = slice(len(steps) // 10, None)
+            shown = slice(len(steps) // 3, None)
             mean = [statistics.mean(column) for column in columns]
             (line,) = axis.plot(steps[shown], mean[shown], label=variant)
             low, high = [min(c) for c in columns], [max(c) for c in columns]
