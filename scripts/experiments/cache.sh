@@ -3,7 +3,7 @@
 # pictures, enlarged to JPEGs of 500 pixels, and how fast batches come. VAEs have random weights, one
 # tiny and one of Stable Diffusion's size. The page is docs/RESULTS.md:
 #   bash scripts/experiments/cache.sh
-# About 10 minutes on two CPU cores. What is done stays done.
+# About 12 minutes on two CPU cores; runs that are done stay.
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 
 out=${OUT:-results/cache}
