@@ -2,7 +2,7 @@
 # Samplers compared on Fashion-MNIST: steps against quality and time, for the README's model and for
 # the same one trained with DDPM. Writes docs/results/samplers.json; the page is docs/RESULTS.md:
 #   bash scripts/experiments/samplers.sh
-# About 50 minutes on two quiet cores: two runs at a time, one thread each. What is done stays done.
+# About an hour on two quiet cores: two runs at a time, one thread each. What is done stays done.
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 
 export RF=${RF:-results/fashion} DDPM=${DDPM:-results/fashion-ddpm} OUT=${OUT:-results/samplers}
