@@ -110,7 +110,7 @@ class Sampler:
             device=run.device,
             model_channels=config.in_channels,
         )
-        self.vae_identity = vae_identity(self.vae) if isinstance(self.vae, VAE) else "none"
+        self.vae_identity = vae_identity(self.vae)
         args.sampler = args.sampler or self.diffusion.default_sampler
         steps = self.diffusion.default_num_steps.get(args.sampler)
         args.num_sampling_steps = args.num_sampling_steps or steps

@@ -119,7 +119,7 @@ def describe(
         "checkpoint": source | {"dtype": str(model.dtype)},
         "objective": objective,
         "source": "real" if args.real else "samples",
-        "vae": vae_identity(vae) if isinstance(vae, VAE) else "none",
+        "vae": vae_identity(vae),
         "data_path": (args.data_path or settings.get("data_path")) if args.real else None,
         "sampler": args.sampler,
         "num_steps": len(model_times(args, diffusion)),

@@ -161,9 +161,8 @@ class DeepSpeedTrainer:
                 **{kind: tensors[i] for kind, tensors in moments.items()},
             }
         scaler = getattr(self.engine.optimizer, "loss_scaler", None)
-        if (
-            getattr(scaler, "dynamic", False) and "cur_iter" in state["loss_scale"]
-        ):  # fp16, as saved
+        # Only fp16 has a scale to continue; other precisions save a constant, or have no scaler.
+        if getattr(scaler, "dynamic", False) and "cur_iter" in state["loss_scale"]:
             for key, value in state["loss_scale"].items():
                 setattr(scaler, key, value)
         self.step = state["step"]
