@@ -30,9 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import runtime
+from common import process
+from common.flags import FlagParser, number
 from diffusion import create_diffusion
-from flags import FlagParser, number
 from measures import (
     PASSES,
     Bench,
@@ -72,7 +72,7 @@ def build_parser() -> FlagParser:
 
 def native_dtypes() -> list[str]:
     """Return the dtypes whose matmuls are native here."""
-    return ["fp32", "bf16"] if runtime.has_fast_bf16(runtime.pick_device()) else ["fp32"]
+    return ["fp32", "bf16"] if process.has_fast_bf16(process.pick_device()) else ["fp32"]
 
 
 def parse_parts(text: str) -> list[str]:
@@ -423,7 +423,7 @@ def measure_peak(
 ) -> dict[str, int]:
     """Make two training steps in a fresh process; returns bytes held at the start, peak, needed."""
     torch.set_num_threads(threads)
-    device = runtime.setup().device
+    device = process.setup().device
     imports = peak_bytes(device)
     training = TrainingStep(config, device, naive)
     for seed in range(2):
@@ -499,7 +499,7 @@ def main(args: argparse.Namespace) -> None:
     """Measure all parts for all models, print the tables and write the JSON."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    bench = Bench(args, runtime.setup().device)
+    bench = Bench(args, process.setup().device)
     about = machine(bench.device)
     print(about)
     for name in args.models:

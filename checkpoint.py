@@ -5,7 +5,7 @@
     python checkpoint.py convert results/RUN RUN-pipeline --pipeline
 
 1. `save_checkpoint`, `load_checkpoint`, `latest_checkpoint`, `prune_checkpoints`: training state.
-2. `atomic_write`, `save_safetensors`, `load_torch`: how files are written and read.
+2. `write_tensors`, `save_safetensors`, `load_torch`: how files are written and read.
 3. `main`: the command line; see hub.py for what it does.
 
 Nothing read here can run code: torch files are opened with `weights_only=True`. Everything
@@ -17,21 +17,19 @@ import argparse
 import hashlib
 import json
 import logging
-import os
 import pickle
 import re
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from flags import FlagParser, flag, number
+from common.files import atomic_write
+from common.flags import FlagParser, flag, number
 from layouts import StateDict
 from models import DiTConfig
 from sharded import latest_sharded, mark_latest
@@ -178,28 +176,6 @@ def _checkpoints(run_dir: str | Path) -> list[Path]:
 
 
 # ---------------------------------------------------------------- files
-
-
-@contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; on success the file written there becomes `path`.
-
-    Raises:
-        OSError: the write failed; the message names `path`, whose former content is untouched.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_name(f"{path.name}.tmp")
-    try:
-        yield temp
-        with open(temp, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temp, path)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        hidden = None if isinstance(error, OSError) else error.__context__  # torch hides the reason
-        raise OSError(f"could not write {path}: {hidden or error}") from error
-    finally:
-        temp.unlink(missing_ok=True)
 
 
 def write_tensors(path: Path, tensors: StateDict, metadata: dict[str, str]) -> None:

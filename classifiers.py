@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import atomic_write
+from common.files import atomic_write
 from data import ImageDataset, load_dataset
 
 EPOCHS = {"digits": 40, "fashion-mnist": 3}

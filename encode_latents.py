@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-import runtime
-from checkpoint import atomic_write
+from common import process
+from common.files import atomic_write
+from common.flags import FlagParser, number
 from data import VAE, FolderImages, cache_index, load_dataset, load_vae
-from flags import FlagParser, number
 from latent_cache import (
     DTYPES,
     CachedLatents,
@@ -101,7 +101,7 @@ class Encoder:
         dataset: FolderImages,
         vae: VAE,
         index: dict[str, Any],
-        run: runtime.Runtime,
+        run: process.Runtime,
     ) -> None:
         self.args, self.dataset, self.vae, self.index, self.run = args, dataset, vae, index, run
         self.folder = Path(args.out)
@@ -205,7 +205,7 @@ def open_index(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def encode(args: argparse.Namespace, run: runtime.Runtime) -> str:
+def encode(args: argparse.Namespace, run: process.Runtime) -> str:
     """Make or continue the cache; returns what the main rank prints."""
     if not Path(args.data_path).is_dir():
         raise ValueError(f"--data-path {args.data_path} is not an image folder")
@@ -226,13 +226,13 @@ def encode(args: argparse.Namespace, run: runtime.Runtime) -> str:
     )
     folder = Path(args.out)
     index = open_index(folder, wanted)
-    runtime.barrier()  # all have looked
+    process.barrier()  # all have looked
     encoder = Encoder(args, dataset, vae, index, run)
     if not index["complete"]:
         if run.is_main:
             write_index(folder, index)
         encoder.encode_shards()
-        runtime.barrier()
+        process.barrier()
         if run.is_main:
             encoder.finish()
     if not run.is_main:
@@ -246,14 +246,14 @@ def encode(args: argparse.Namespace, run: runtime.Runtime) -> str:
 
 def main(args: argparse.Namespace) -> None:
     """Encode and report."""
-    run = runtime.setup(runtime.LONG_WAIT)
+    run = process.setup(process.LONG_WAIT)
     try:
         report = encode(args, run)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"encode_latents.py: error: {error}")
     if run.is_main:
         print(report)
-    runtime.finish()
+    process.finish()
 
 
 if __name__ == "__main__":

@@ -29,12 +29,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import runtime
-from checkpoint import atomic_write, checkpoint_hash
+from checkpoint import checkpoint_hash
 from classifiers import EPOCHS, Classifier, load_classifier, predict
+from common import process
+from common.files import atomic_write
+from common.flags import FlagParser, flag, number, sampling_flags, sampling_options
 from data import VAE, ImageDataset, Pixels, cache_index, load_dataset, load_vae, save_grid
 from diffusion import Diffusion, create_diffusion
-from flags import FlagParser, flag, number, sampling_flags, sampling_options
 from image_sets import DatasetSet, FolderSet, ImageSet, NpzSet, Spread, save_npz
 from latent_cache import vae_identity
 from metrics import (
@@ -77,7 +78,7 @@ def build_parser() -> FlagParser:
     model = parser.group("Model")
     model.add("--rf", default=None, **flag, help="objective of a published file; ours tell")
     model.add("--ema", default=True, **flag, help="averaged weights")
-    model.add("--dtype", choices=list(runtime.DTYPES), help="of the weights; default: by hardware")
+    model.add("--dtype", choices=list(process.DTYPES), help="of the weights; default: by hardware")
     model.add("--quantize", choices=["int8"], help="weights of the experts (needs torchao)")
     sampling_flags(parser, batch_size=100)
     return parser
@@ -89,7 +90,7 @@ def build_parser() -> FlagParser:
 class Sampler:
     """A checkpoint ready to draw any of its samples."""
 
-    def __init__(self, args: argparse.Namespace, run: runtime.Runtime) -> None:
+    def __init__(self, args: argparse.Namespace, run: process.Runtime) -> None:
         """Load the checkpoint; fills in what `args` leave to it.
 
         Raises:
@@ -98,7 +99,7 @@ class Sampler:
         """
         self.args, self.run = args, run
         self.settings = load_settings(args.ckpt)
-        dtype = runtime.pick_dtype(args.dtype, run.device)
+        dtype = process.pick_dtype(args.dtype, run.device)
         self.model: DiT = load_for_sampling(
             args.ckpt, ema=args.ema, dtype=dtype, device=run.device, quantize=args.quantize
         )
@@ -177,11 +178,11 @@ def draw_samples(sampler: Sampler, seed: int, out: Path) -> tuple[Path, float]:
             f"--out {out} holds samples with {name} {found.get(name)}, this command has "
             f"{identity[name]}: give another --out, or delete it"
         )
-    runtime.barrier()  # all have looked
+    process.barrier()  # all have looked
     if run.is_main and not path.exists():
         _write_json(claim, identity)
-    if runtime.from_main(path.exists()):
-        return path, runtime.from_main(seconds)
+    if process.from_main(path.exists()):
+        return path, process.from_main(seconds)
     starts = range(0, args.num_samples, args.batch_size)
     mine = list(starts)[run.rank :: run.world_size]
     laps: list[float] = []
@@ -193,7 +194,7 @@ def draw_samples(sampler: Sampler, seed: int, out: Path) -> tuple[Path, float]:
             laps.append((time.monotonic() - began) / len(images))
             with atomic_write(part) as temp, open(temp, "wb") as file:
                 np.save(file, images.numpy())
-    runtime.barrier()
+    process.barrier()
     seconds = statistics.median(laps) if laps else seconds
     if run.is_main:
         batches = (torch.from_numpy(np.load(parts / f"{first:08d}.npy")) for first in starts)
@@ -203,8 +204,8 @@ def draw_samples(sampler: Sampler, seed: int, out: Path) -> tuple[Path, float]:
         picture = NpzSet(path).images(0, min(100, args.num_samples)).float() / 127.5 - 1
         classes = sampler.model.config.num_classes
         save_grid(picture, path.with_suffix(".png"), columns=classes if classes <= 20 else None)
-    runtime.barrier()
-    return path, runtime.from_main(seconds)
+    process.barrier()
+    return path, process.from_main(seconds)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -228,7 +229,7 @@ def loss_of(sampler: Sampler, dataset: ImageDataset) -> float:
             latents, labels.to(run.device), t=t, noise=noise,
         )  # fmt: skip
         total += torch.stack([out.per_sample.sum().cpu(), torch.tensor(float(len(part)))])
-    total = runtime.sum_over_ranks(total.to(run.device)).cpu()
+    total = process.sum_over_ranks(total.to(run.device)).cpu()
     return (total[0] / total[1]).item()
 
 
@@ -243,7 +244,7 @@ def _times_and_noise(
 
 
 def collect(
-    images: ImageSet, extractor: Extractor, args: argparse.Namespace, run: runtime.Runtime
+    images: ImageSet, extractor: Extractor, args: argparse.Namespace, run: process.Runtime
 ) -> Statistics | None:
     """Look at all images of a set, shared by the ranks; the main one gets the statistics."""
     builder = StatisticsBuilder(len(images))
@@ -270,7 +271,7 @@ def open_images(path: str, args: argparse.Namespace, split: str = "train") -> Im
 
 
 def reference_statistics(
-    real: ImageSet, extractor: Extractor, args: argparse.Namespace, run: runtime.Runtime
+    real: ImageSet, extractor: Extractor, args: argparse.Namespace, run: process.Runtime
 ) -> Statistics | None:
     """Return the statistics of `--reference`, from the cache if they are there; main rank only.
 
@@ -280,7 +281,7 @@ def reference_statistics(
     size = real.dataset.image_size if isinstance(real, DatasetSet) else None
     key = f"{describe_source(path, args)} {len(real)} {size} {extractor.identity}"
     cached = Path(args.cache) / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
-    if runtime.from_main(cached.exists()):
+    if process.from_main(cached.exists()):
         return Statistics.load(cached) if run.is_main else None
     found = collect(real, extractor, args, run)
     if found is None:
@@ -312,7 +313,7 @@ def floor_distance(
     args: argparse.Namespace,
     extractor: Extractor,
     real: Statistics | None,
-    run: runtime.Runtime,
+    run: process.Runtime,
     num_images: int,
 ) -> dict[str, float]:
     """Return the distance of other real images from the reference: what a perfect model gets.
@@ -335,7 +336,7 @@ def floor_distance(
 # ------------------------------------------------------------------------------ main
 
 
-def evaluate(args: argparse.Namespace, run: runtime.Runtime) -> dict[str, Any]:
+def evaluate(args: argparse.Namespace, run: process.Runtime) -> dict[str, Any]:
     """Draw, look, compare; returns what the main rank prints and saves."""
     if (args.ckpt is None) == (args.images is None):
         raise ValueError("--ckpt or --images: give one of them")
@@ -350,7 +351,7 @@ def evaluate(args: argparse.Namespace, run: runtime.Runtime) -> dict[str, Any]:
     if named:
         if run.is_main:  # trains it, if it must
             load_classifier(args.reference, Path(args.cache), args.fashion_mnist_root)
-        runtime.barrier()
+        process.barrier()
         classifier = load_classifier(args.reference, Path(args.cache), args.fashion_mnist_root)
         classifier.model.to(run.device)
     args.features = args.features or ("classifier" if named else "inception")
@@ -398,7 +399,7 @@ def classified_right(
     images: ImageSet,
     labels: Tensor,
     args: argparse.Namespace,
-    run: runtime.Runtime,
+    run: process.Runtime,
 ) -> float:
     """Return the share of samples that a classifier reads as the class they were asked for."""
     right = torch.zeros((), dtype=torch.float64, device=run.device)
@@ -407,7 +408,7 @@ def classified_right(
         stop = first + args.batch_size
         batch = images.images(first, stop).to(run.device).float() / 127.5 - 1
         right += (predict(classifier.model, batch).cpu() == labels[first:stop]).sum().to(run.device)
-    return (runtime.sum_over_ranks(right) / len(images)).item()
+    return (process.sum_over_ranks(right) / len(images)).item()
 
 
 def default_out(args: argparse.Namespace) -> str:
@@ -440,7 +441,7 @@ def format_result(result: dict[str, Any]) -> Iterator[str]:
 
 def main(args: argparse.Namespace) -> None:
     """Evaluate, print the table, save it as metrics.json."""
-    run = runtime.setup(runtime.LONG_WAIT)
+    run = process.setup(process.LONG_WAIT)
     try:
         result = evaluate(args, run)
     except (ValueError, FileNotFoundError) as error:
@@ -449,7 +450,7 @@ def main(args: argparse.Namespace) -> None:
         _write_json(Path(result["out"]) / "metrics.json", result)
         print("\n".join(format_result(result)))
         print(f"samples, picture and metrics.json: {result['out']}")
-    runtime.finish()
+    process.finish()
 
 
 if __name__ == "__main__":

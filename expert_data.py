@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import runtime
 from checkpoint import checkpoint_hash
+from common import process
+from common.flags import FlagParser, flag, number, sampling_flags, sampling_options
 from data import VAE, ImageDataset, Pixels, load_dataset, load_vae
 from diffusion import Diffusion, create_diffusion
-from flags import FlagParser, flag, number, sampling_flags, sampling_options
 from latent_cache import vae_identity
 from models import DiT
 from routing import RoutingRecorder
@@ -71,7 +71,7 @@ def build_parser() -> FlagParser:
     model = parser.group("Model")
     model.add("--rf", default=None, **flag, help="objective of a published file; ours tell")
     model.add("--ema", default=True, **flag, help="averaged weights")
-    model.add("--dtype", choices=list(runtime.DTYPES), help="of the weights; default: by hardware")
+    model.add("--dtype", choices=list(process.DTYPES), help="of the weights; default: by hardware")
 
     sampling = sampling_flags(parser)
     sampling.add("--max-batches", type=number(int, 1), help="stop after so many per rank")
@@ -256,11 +256,11 @@ def pick_images(dataset: ImageDataset, args: argparse.Namespace) -> Tensor:
     return torch.stack(columns, dim=1).flatten()
 
 
-def collect(router: Router, data: RoutingData, run: runtime.Runtime) -> RoutingData:
+def collect(router: Router, data: RoutingData, run: process.Runtime) -> RoutingData:
     """Route all images that `data` lacks, sharing batches over the ranks; saves as it goes."""
     args, recorder = router.args, router.recorder
     num_images, size = data.meta["runs"][0]["num_images"], args.batch_size
-    starts = list(range(runtime.from_main(data.images_done), num_images, size))
+    starts = list(range(process.from_main(data.images_done), num_images, size))
     rounds = math.ceil(len(starts) / run.world_size)
     rounds = min(rounds, args.max_batches or rounds)
     tables = recorder.tables | {"raw_images": torch.zeros_like(data.raw_images, device=run.device)}
@@ -277,7 +277,7 @@ def collect(router: Router, data: RoutingData, run: runtime.Runtime) -> RoutingD
                     pixels = ((images + 1) * 127.5).round().to(torch.uint8)
                     tables["raw_images"][first : first + raw] = pixels
             for name, table in tables.items():
-                runtime.sum_over_ranks(table)
+                process.sum_over_ranks(table)
                 getattr(data, name).add_(table.cpu())
                 table.zero_()
             last = starts[min((done + 1) * run.world_size, len(starts)) - 1]
@@ -287,10 +287,10 @@ def collect(router: Router, data: RoutingData, run: runtime.Runtime) -> RoutingD
     return data
 
 
-def count_experts(args: argparse.Namespace, run: runtime.Runtime) -> RoutingData:
+def count_experts(args: argparse.Namespace, run: process.Runtime) -> RoutingData:
     """Load the checkpoint, then continue or make the file."""
     settings = load_settings(args.ckpt)
-    dtype = runtime.pick_dtype(args.dtype, run.device)
+    dtype = process.pick_dtype(args.dtype, run.device)
     model = load_model(args.ckpt, ema=args.ema, dtype=dtype, device=run.device)
     config = model.config
     if config.num_experts == 0:
@@ -322,7 +322,7 @@ def count_experts(args: argparse.Namespace, run: runtime.Runtime) -> RoutingData
 
 def main(args: argparse.Namespace) -> None:
     """Count or merge; print and save the table."""
-    run = runtime.setup(runtime.LONG_WAIT)
+    run = process.setup(process.LONG_WAIT)
     try:
         if (args.ckpt is None) == (args.merge is None):
             raise ValueError("--ckpt or --merge: give one of them")
@@ -342,7 +342,7 @@ def main(args: argparse.Namespace) -> None:
         rows = measure(data)
         print(format_table(rows, [name for name in PRINTED if name in rows[0]]))
         print(f"{data.images_done:,} of {wanted:,} images: {args.out}, .csv and .json beside it")
-    runtime.finish()
+    process.finish()
 
 
 if __name__ == "__main__":

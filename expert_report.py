@@ -18,9 +18,9 @@ from matplotlib import colormaps
 from matplotlib.colors import to_rgb
 from plotly.offline import get_plotlyjs
 
-from checkpoint import atomic_write
+from common.files import atomic_write
+from common.flags import FlagParser, number
 from figures import LOAD_COLORS, expert_colors, relative_load
-from flags import FlagParser, number
 from routing_data import FACTORS, HALVES, RoutingData, measure_all
 
 NOTHING = 65535  # the page draws no colour there

@@ -14,8 +14,8 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.colors import TwoSlopeNorm, to_hex, to_rgb
 
-from checkpoint import atomic_write
-from flags import FlagParser, number
+from common.files import atomic_write
+from common.flags import FlagParser, number
 from routing_data import HALVES, RoutingData
 
 mpl.use("Agg")

@@ -11,6 +11,7 @@ import sys
 import numpy as np
 from scipy.cluster.hierarchy import leaves_list, linkage
 
+from common.flags import FlagParser
 from figures import (
     add_figure_flags,
     figure_title,
@@ -20,7 +21,6 @@ from figures import (
     relative_load,
     save_figure,
 )
-from flags import FlagParser
 from routing import normalized_mutual_information
 from routing_data import RoutingData
 

@@ -23,6 +23,7 @@ from matplotlib.colors import ListedColormap, NoNorm
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
+from common.flags import FlagParser, number
 from figures import (
     LOAD_COLORS,
     add_color_bar,
@@ -35,7 +36,6 @@ from figures import (
     relative_load,
     save_figure,
 )
-from flags import FlagParser, number
 from routing import normalized_mutual_information
 from routing_data import HALVES, RoutingData
 

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint import atomic_write, save_safetensors, write_tensors
+from checkpoint import save_safetensors, write_tensors
+from common.files import atomic_write
 from data import VAE, load_vae
 from layouts import by_block, to_ours, to_published
 from models import DiT, DiTConfig

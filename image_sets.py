@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from checkpoint import atomic_write
+from common.files import atomic_write
 from data import ImageDataset
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoint import atomic_write
+from common.files import atomic_write
 from data import (
     LATENT_CACHE,
     VAE,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity
 
-import runtime
+from common import process
 from models import DiTConfig
 
 MATMUL_CALLS = 4  # at most this many of a layer's equal matmuls are timed
@@ -100,10 +100,10 @@ class Precision(NamedTuple):
 
     @property
     def weights(self) -> torch.dtype:
-        return torch.float32 if self.mixed else runtime.DTYPES[self.dtype]
+        return torch.float32 if self.mixed else process.DTYPES[self.dtype]
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        return torch.autocast(device.type, runtime.DTYPES[self.dtype], enabled=self.mixed)
+        return torch.autocast(device.type, process.DTYPES[self.dtype], enabled=self.mixed)
 
 
 class Stopwatch:
@@ -175,7 +175,7 @@ class Bench:
 
     def _run(self, layer: Linear, dtype: str) -> Run:
         def randn(rows: int, columns: int) -> Tensor:
-            return torch.randn(rows, columns, device=self.device).to(runtime.DTYPES[dtype])
+            return torch.randn(rows, columns, device=self.device).to(process.DTYPES[dtype])
 
         x, weight = randn(layer.rows, layer.inputs), randn(layer.outputs, layer.inputs)
         out, x_out, weight_out = randn(layer.rows, layer.outputs), x.clone(), weight.clone()

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import runtime
-from checkpoint import atomic_write
 from classifiers import Classifier, Features
+from common import process
+from common.files import atomic_write
 
 NEIGHBOURS = 3  # of precision and recall, arXiv:1904.06991
 MAX_ROWS = 50_000  # images of a set whose features are kept, for precision and recall
@@ -130,7 +130,7 @@ class Moments:
     def over_ranks(self, device: torch.device) -> None:
         """Add up what all ranks took."""
         for name in ("count", "total", "outer"):
-            setattr(self, name, runtime.sum_over_ranks(getattr(self, name).to(device)).cpu())
+            setattr(self, name, process.sum_over_ranks(getattr(self, name).to(device)).cpu())
 
     def finish(self) -> dict[str, np.ndarray]:
         """Return mean (width,) and unbiased covariance (width, width) in float64."""
@@ -205,14 +205,14 @@ class StatisticsBuilder:
         kept = slice(start, None, self.stride)
         self.kept[first] = features.pool[kept], features.logits[kept]
 
-    def finish(self, run: runtime.Runtime) -> Statistics | None:
+    def finish(self, run: process.Runtime) -> Statistics | None:
         """Add up all ranks; returns the statistics on the main one, None elsewhere."""
-        shapes = runtime.gather_on_main([len(m.total) for m in self.moments])
-        widths = runtime.from_main(next((widths for widths in shapes if widths), None))
+        shapes = process.gather_on_main([len(m.total) for m in self.moments])
+        widths = process.from_main(next((widths for widths in shapes if widths), None))
         self.moments = self.moments or [Moments(width) for width in widths]
         for moments in self.moments:
             moments.over_ranks(run.device)
-        gathered = runtime.gather_on_main(self.kept)
+        gathered = process.gather_on_main(self.kept)
         if not run.is_main:
             return None
         kept = dict(sorted(item for part in gathered for item in part.items()))

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoint import atomic_write
+from common.files import atomic_write
 from models import DiTConfig
 from routing import (
     dead_experts,

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-import runtime
+from common import process
+from common.flags import FlagParser, flag, number, sampling_flags, sampling_options
 from data import load_vae, save_grid
 from diffusion import create_diffusion
-from flags import FlagParser, flag, number, sampling_flags, sampling_options
 from models import DiT_models, DiTConfig
 from offload import load_for_sampling
 from weights import find_objective, load_settings
@@ -43,7 +43,7 @@ def build_parser() -> FlagParser:
     model.add("--num-experts-per-tok", type=number(int, 1), help="K of a published file; ours tell")
     model.add("--rf", default=None, **flag, help="objective of a published file; ours tell")
     model.add("--ema", default=True, **flag, help="averaged weights")
-    model.add("--dtype", choices=list(runtime.DTYPES), help="of the weights; default: by hardware")
+    model.add("--dtype", choices=list(process.DTYPES), help="of the weights; default: by hardware")
     model.add("--quantize", choices=["int8"], help="weights of the experts (needs torchao)")
     model.add("--offload", choices=["cpu", "disk"], help="where blocks wait for their turn")
 
@@ -102,15 +102,15 @@ def check_flags(args: argparse.Namespace, config: DiTConfig, image_size: int) ->
 
 def main(args: argparse.Namespace) -> None:
     """Sample and write the picture."""
-    device = runtime.pick_device()
+    device = process.pick_device()
     # A model that fills the memory must not keep what its loading freed.
-    runtime.keep_freed_memory(args.quantize is None and args.offload is None)
+    process.keep_freed_memory(args.quantize is None and args.offload is None)
     try:
         settings = load_settings(args.ckpt)
         model = load_for_sampling(
             args.ckpt,
             ema=args.ema,
-            dtype=runtime.pick_dtype(args.dtype, device),
+            dtype=process.pick_dtype(args.dtype, device),
             device=device,
             quantize=args.quantize,
             offload=args.offload,

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-import runtime
 from checkpoint import checkpoint_path, commit_checkpoint, load_checkpoint, save_checkpoint
+from common import process
 from train_loop import Batch, draw_grid, launch, learning_rate, mean_losses, micro_loss
 from train_utils import Ema, Job, build_parser, check_resumable, compile_blocks, restore_rng
 
@@ -56,7 +56,7 @@ class DdpTrainer:
         Returns:
             loss, aux_loss (per layer, 1.0 = even) and grad_norm, each ().
         """
-        dtype = runtime.DTYPES[self.args.precision]
+        dtype = process.DTYPES[self.args.precision]
         losses = []
         for i, batch in enumerate(batches):
             last = i == self.args.accum_steps - 1
@@ -78,7 +78,7 @@ class DdpTrainer:
 
     def save(self) -> None:
         """Write the checkpoint of this step, with every rank's RNG, then drop the oldest ones."""
-        rng = runtime.gather_on_main(runtime.rng_state())
+        rng = process.gather_on_main(process.rng_state())
         if not self.rt.is_main:
             return
         path = checkpoint_path(self.job.run_dir, self.step)
@@ -120,7 +120,7 @@ class DdpTrainer:
         """Draw the sample grid of this step on the main process, while the others wait."""
         if self.rt.is_main:
             draw_grid(self.ema.model, self.job, self.step)
-        runtime.barrier()
+        process.barrier()
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import runtime
 import zero
-from flags import FlagParser, number
+from common import process
+from common.flags import FlagParser, number
 from memory import memory_table
 from sharded import (
     ShardedCheckpoint,
@@ -106,12 +106,12 @@ class DeepSpeedTrainer:
             kinds = {}
         error = None
         try:
-            write_share(partial, self.rt.rank, kinds, runtime.rng_state())
+            write_share(partial, self.rt.rank, kinds, process.rng_state())
             if self.rt.is_main:
                 write_state(partial, self._state())
         except OSError as failure:
             error = str(failure)
-        errors = runtime.from_main([e for e in runtime.gather_on_main(error) if e])
+        errors = process.from_main([e for e in process.gather_on_main(error) if e])
         if errors:
             if self.rt.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -119,7 +119,7 @@ class DeepSpeedTrainer:
             raise OSError(f"{errors[0]}; the last whole checkpoint is {last}, free some space")
         if self.rt.is_main:
             logging.info("checkpoint: %s", commit(partial, self.args.keep_last))
-        runtime.barrier()
+        process.barrier()
 
     def _state(self) -> dict:
         """Return what is the same on all ranks."""
@@ -173,7 +173,7 @@ class DeepSpeedTrainer:
         """Draw the sample grid of this step with the averaged weights, all ranks together."""
         with self.shards.swapped(self.ema) as model:
             draw_grid(model, self.job, self.step)
-        runtime.barrier()
+        process.barrier()
 
 
 def build_deepspeed_parser() -> FlagParser:

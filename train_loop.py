@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-import runtime
-from checkpoint import atomic_write
+from common import process
+from common.files import atomic_write
 from data import make_loader, save_grid
 from routing import LoadCounter, dead_experts, load_entropy, max_violation
 from train_utils import Job, describe, find_resume, prepare
@@ -84,7 +84,7 @@ class Reporter:
             FloatingPointError: if the loss or the gradient, and so the model, is no longer a
                 number; checkpoints are left alone.
         """
-        sums = runtime.sum_over_ranks(torch.stack(list(self._sums.values()))).tolist()
+        sums = process.sum_over_ranks(torch.stack(list(self._sums.values()))).tolist()
         per = self._num_steps * self.rt.world_size
         scalars = {name: value / per for name, value in zip(self._sums, sums, strict=True)}
         seconds = (time.monotonic() - self._since) / self._num_steps
@@ -120,7 +120,7 @@ class Reporter:
 
 def load_scalars(counter: LoadCounter) -> dict[str, float]:
     """Sum the expert load over all ranks and return its curves, on average and by layer."""
-    counts = runtime.sum_over_ranks(counter.counts.clone()).cpu()
+    counts = process.sum_over_ranks(counter.counts.clone()).cpu()
     scalars: dict[str, float] = {}
     measures = {"entropy": load_entropy, "max_vio": max_violation, "dead": dead_experts}
     for name, measure in measures.items() if len(counts) else ():
@@ -251,7 +251,7 @@ def launch(
         if args.dry_run:
             if job.rt.is_main:
                 print(plan(job))
-            runtime.finish()
+            process.finish()
             return
         checkpoint = find_resume(args, job.run_dir)
         trainer = make_trainer(job)
@@ -260,7 +260,7 @@ def launch(
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
     fit(trainer)
-    runtime.finish()
+    process.finish()
 
 
 def fit(trainer: Trainer) -> None:

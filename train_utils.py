@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import runtime
 from checkpoint import latest_checkpoint
+from common import process
+from common.flags import FlagParser, flag, number
+from common.process import Runtime
 from data import (
     VAE,
     FolderImages,
@@ -29,11 +31,9 @@ from data import (
     load_vae,
 )
 from diffusion import Diffusion, create_diffusion
-from flags import FlagParser, flag, number
 from latent_cache import CachedLatents, open_cache
 from layouts import to_ours
 from models import DiT, DiT_models, DiTConfig, initialize_parameter
-from runtime import Runtime
 from weights import open_weights
 
 # Flags that a run may change on its way, but then it is not the run that it would have been.
@@ -146,7 +146,7 @@ def resolve_settings(args: argparse.Namespace, rt: Runtime, dataset: ImageDatase
     if args.vae_path is None:
         folder = isinstance(dataset, FolderImages)
         args.vae_path = "stabilityai/sd-vae-ft-ema" if folder else "none"
-    fast = runtime.default_precision(rt.device)
+    fast = process.default_precision(rt.device)
     args.precision = args.precision or fast
     if rt.device.type == "cpu" and args.precision not in ("fp32", fast):
         logging.warning(
@@ -205,7 +205,7 @@ def prepare(args: argparse.Namespace, *, meta: bool = False) -> Job:
     Raises:
         ValueError, FileNotFoundError: naming the flag whose value does not fit.
     """
-    rt = runtime.setup()
+    rt = process.setup()
     level = logging.INFO if rt.is_main else logging.WARNING
     logging.basicConfig(level=level, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S")
     dataset, vae = open_data(args, rt)
@@ -334,7 +334,7 @@ def find_resume(args: argparse.Namespace, run_dir: Path) -> Path | None:
         FileNotFoundError: if `--resume FILE`, or this node's copy of the run, is not there.
     """
     if args.resume == "auto":
-        latest = runtime.from_main(latest_checkpoint(run_dir))
+        latest = process.from_main(latest_checkpoint(run_dir))
         if latest is not None and not latest.exists():
             raise FileNotFoundError(
                 f"--results-dir {args.results_dir}: no {latest} here, but on the main node; "
@@ -384,10 +384,10 @@ def restore_rng(
         path: of the checkpoint, for messages.
         step: of the checkpoint.
         num_ranks: of the run that saved it.
-        read: returns the `runtime.rng_state` that a rank saved.
+        read: returns the `process.rng_state` that a rank saved.
     """
     if num_ranks == job.rt.world_size:
-        runtime.set_rng_state(read(job.rt.rank))
+        process.set_rng_state(read(job.rt.rank))
         return
     logging.warning(
         "%s is from %d ranks, this run has %d: noise and label drops go on from new seeds",

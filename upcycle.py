@@ -34,11 +34,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from flags import FlagParser, flag, number
+from common.flags import FlagParser, flag, number
+from common.process import DTYPES
 from hub import save_folder
 from layouts import block_index, by_block
 from models import DiTBlock, DiTConfig
-from runtime import DTYPES
 from weights import Weights, add_pos_embed, open_weights, page_out, place
 
 

@@ -19,9 +19,9 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-import runtime
+from common import process
+from common.process import Runtime
 from models import DiT
-from runtime import Runtime
 from sharded import Fragment
 
 # What the flags own, by its name in a DeepSpeed file.
@@ -76,19 +76,19 @@ def resolve_precision(args: argparse.Namespace, config: Mapping[str, Any]) -> st
     Raises:
         ValueError: if file and flag contradict each other.
     """
-    device = runtime.pick_device()
+    device = process.pick_device()
     enabled = [name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled") is True]
-    wanted = enabled[0] if enabled else args.precision or runtime.default_precision(device)
+    wanted = enabled[0] if enabled else args.precision or process.default_precision(device)
     if enabled and args.precision not in (None, wanted):
         raise ValueError(
             f"--precision {args.precision}, but --deepspeed-config {args.deepspeed_config} enables "
             f"{enabled[0]}: drop the flag or that section of the file"
         )
     args.precision = wanted
-    if wanted == "bf16" and not runtime.has_fast_bf16(device):
+    if wanted == "bf16" and not process.has_fast_bf16(device):
         args.precision = "fp16" if device.type == "cuda" else "fp32"
     elif wanted == "fp16" and device.type == "cpu":  # DeepSpeed has none there
-        args.precision = runtime.default_precision(device)
+        args.precision = process.default_precision(device)
     return wanted
 
 
@@ -139,7 +139,7 @@ def join() -> Runtime:
             port = str(listener.getsockname()[1])
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    rt = runtime.setup()
+    rt = process.setup()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # Else gloo compiles an operator for a minute, which is used for inference only.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -170,7 +170,7 @@ def build_engine(
     Returns:
         The engine, and the torch optimizer inside it.
     """
-    model.to(runtime.DTYPES[args.precision])
+    model.to(process.DTYPES[args.precision])
     if zero_stage(config) == 3:
         partition(model, config, device)
     else:

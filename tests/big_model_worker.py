@@ -61,7 +61,7 @@ def main(folder: Path) -> None:
     }
     (folder / f"{rt.rank}.json").write_text(json.dumps(figures))
     print(figures)
-    zero.runtime.finish()
+    zero.process.finish()
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ from launch import REPO
 from torch import Tensor, nn
 from train_worker import FLAGS, NUM_UPDATES, State, global_batch, micro_batches
 
-import runtime
 import zero
 from checkpoint import save_safetensors
+from common import process
 from memory import rank_memory
 from routing import LoadCounter
 from train import DdpTrainer
@@ -74,7 +74,7 @@ def make_trainer(case: str | None, *flags: str) -> DdpTrainer | DeepSpeedTrainer
 def whole(trainer: DeepSpeedTrainer, flat: list[Tensor]) -> State:
     """Assemble tensors like `shards.flat` from all ranks on the main one."""
     state = {name: torch.full(trainer.shapes[name], torch.nan) for name in trainer.trained}
-    for fragments in runtime.gather_on_main(list(trainer.shards.fragments(flat))):
+    for fragments in process.gather_on_main(list(trainer.shards.fragments(flat))):
         for name, start, piece in fragments:
             state[name].view(-1)[start : start + len(piece)] = piece
     return state
@@ -116,7 +116,7 @@ def save_random_model(path: Path) -> None:
     job = prepare(args)
     if job.rt.is_main:
         save_safetensors(path, job.model.state_dict(), job.model.config, {})
-    runtime.barrier()
+    process.barrier()
 
 
 def allocated(case: str, precision: str) -> dict[str, Any]:
@@ -186,13 +186,13 @@ def train_on_different_experts(steps: int) -> tuple[list[Tensor], float]:
         batch["labels"] = torch.tensor([0] * 4 + [1] * 4)
         batch["drop_mask"] = torch.zeros(8, dtype=torch.bool)
         loss = trainer.train_step(micro_batches(trainer, batch))["loss"]
-    return runtime.gather_on_main(counter.counts), float(loss)
+    return process.gather_on_main(counter.counts), float(loss)
 
 
 def main(path: str) -> None:
     """Run every case on all ranks; the first one writes what came out."""
     zero.join()
-    runtime.setup = functools.cache(runtime.setup)
+    process.setup = functools.cache(process.setup)
     accumulate = ("--accum-steps", "2", "--aux-loss-weight", "0.1", "--clip-grad", "0.5")
     results: dict[str, Any] = {"updates": {}, "initial difference": {}, "memory": {}}
     for precision in ("fp32", "bf16"):
@@ -210,9 +210,9 @@ def main(path: str) -> None:
     for case in CASES:
         results["memory"][case] = allocated(case, "bf16" if "0" not in case else "fp32")
     results["different experts"] = train_on_different_experts(20)
-    if runtime.setup().is_main:
+    if process.setup().is_main:
         torch.save(results, path)
-    runtime.finish()
+    process.finish()
 
 
 if __name__ == "__main__":

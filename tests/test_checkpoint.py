@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoint import (
-    atomic_write,
     checkpoint_path,
     commit_checkpoint,
     latest_checkpoint,
@@ -22,6 +21,7 @@ from checkpoint import (
     save_checkpoint,
     save_safetensors,
 )
+from common.files import atomic_write
 from layouts import to_published
 from models import DiT, DiTConfig
 from weights import load_model, load_settings

@@ -213,7 +213,7 @@ def test_a_changed_reference_is_looked_at_again(folder: Path, whole: Path, tmp_p
     for real in (images, 255 - images):
         save_npz(tmp_path / "real.npz", 23, iter([real]), torch.zeros(23))
         found = evaluate.reference_statistics(
-            NpzSet(tmp_path / "real.npz"), extractor, args, evaluate.runtime.setup()
+            NpzSet(tmp_path / "real.npz"), extractor, args, evaluate.process.setup()
         )
         assert found is not None
         means.append(found.pool["mu"])
@@ -227,7 +227,7 @@ def test_moments_that_a_reference_brings_are_used_and_need_inception(
     moments = {"mu": np.zeros(2), "sigma": np.eye(2), "mu_s": np.zeros(2), "sigma_s": np.eye(2)}
     np.savez(path, samples(whole)[0], **moments)  # type: ignore[arg-type]
     args = evaluate.build_parser().parse_args(["--reference", str(path), "--cache", str(tmp_path)])
-    run_ = evaluate.runtime.setup()
+    run_ = evaluate.process.setup()
 
     class Two:
         name, identity = "", "two"

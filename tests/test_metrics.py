@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import runtime
 from classifiers import Classifier, Features, SmallCNN
+from common import process
 from metrics import (
     ClassifierExtractor,
     InceptionExtractor,
@@ -20,7 +20,7 @@ from metrics import (
     frechet_distance,
 )
 
-ALONE = runtime.Runtime(0, 1, torch.device("cpu"))
+ALONE = process.Runtime(0, 1, torch.device("cpu"))
 
 
 def some_images(count: int, seed: int, size: int = 32) -> Tensor:

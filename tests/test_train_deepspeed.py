@@ -429,8 +429,8 @@ def test_the_file_owns_the_precision_and_a_contradiction_is_refused(file: Any) -
 def test_hardware_without_the_files_precision_gets_another(
     file: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.pick_device", lambda: torch.device("cpu"))
-    monkeypatch.setattr("runtime.has_fast_bf16", lambda device: False)
+    monkeypatch.setattr("process.pick_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("process.has_fast_bf16", lambda device: False)
     args = flags_of(file({"bf16": {"enabled": True}}))
     wanted = zero.resolve_precision(args, zero.read_config(args.deepspeed_config))
     assert (wanted, args.precision) == ("bf16", "fp32")

@@ -12,8 +12,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.testing import assert_close
 
-import runtime
 from checkpoint import checkpoint_path, save_safetensors
+from common import process
 from models import DiT_models
 from routing import LoadCounter
 from train import DdpTrainer
@@ -179,7 +179,7 @@ def test_a_node_without_the_main_nodes_checkpoint_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     elsewhere = checkpoint_path(tmp_path / "elsewhere", 5)
-    monkeypatch.setattr(runtime, "from_main", lambda _: elsewhere)
+    monkeypatch.setattr(process, "from_main", lambda _: elsewhere)
     with pytest.raises(FileNotFoundError, match=r"--results-dir results: no .*must share it"):
         find_resume(parse(), tmp_path)
 

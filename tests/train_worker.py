@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import runtime
+from common import process
 from routing import LoadCounter
 from train import DdpTrainer
 from train_utils import build_parser, prepare
@@ -120,17 +120,17 @@ def train_on_disjoint_experts() -> tuple[State, Tensor]:
 
 def main(path: str) -> None:
     """Run every case on all ranks; the first one writes what came out."""
-    runtime.setup = functools.cache(runtime.setup)  # one process group for many jobs
+    process.setup = functools.cache(process.setup)  # one process group for many jobs
     gradients, tokens_per_expert = train_on_disjoint_experts()
     results = {
         "updates": make_updates(),
         "accumulated updates": make_updates("--accum-steps", "2"),
         "disjoint gradients": gradients,
-        "tokens_per_expert": runtime.gather_on_main(tokens_per_expert),
+        "tokens_per_expert": process.gather_on_main(tokens_per_expert),
     }
-    if runtime.setup().is_main:
+    if process.setup().is_main:
         torch.save(results, path)
-    runtime.finish()
+    process.finish()
 
 
 if __name__ == "__main__":

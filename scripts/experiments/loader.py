@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-import runtime
+from common import process
 from data import VAE, ImageDataset, Pixels, cache_index, load_dataset, load_vae, make_loader
 from latent_cache import CachedLatents
 
@@ -34,7 +34,7 @@ def rates(
             num_workers=args.num_workers,
         )
     )
-    device = runtime.pick_device()
+    device = process.pick_device()
     for step in range(args.rounds + 1):
         began = time.monotonic()
         for batch, _ in itertools.islice(loader, args.num_batches):
@@ -46,9 +46,9 @@ def rates(
 
 def main(args: argparse.Namespace) -> None:
     """Measure every path, with and without the VAE's part, in turn."""
-    runtime.setup()
+    process.setup()
     print(f"{args.num_workers} workers, {torch.get_num_threads()} threads, batch {args.batch_size}")
-    vae = load_vae(args.vae_path, device=runtime.pick_device())
+    vae = load_vae(args.vae_path, device=process.pick_device())
     for path in args.data_path:
         cached = cache_index(path) is not None
         dataset = (
