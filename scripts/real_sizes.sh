@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Real sizes with random weights: upcycle an XL-shaped dense model, sample the 16.5B G/2-16E2A from
 # 33 GB on disk by int8 and by streaming. Prints peak memory; needs 45 GB of disk and 20 GB of RAM.
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+EXTRAS="dev" source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 folder=${1:-/tmp/real-sizes}
 trap 'rm -rf "$folder"' EXIT

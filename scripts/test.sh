@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Lint, types and tests; `--slow` adds the tests that take minutes. Other arguments go to pytest.
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+EXTRAS="deepspeed dev" source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 if [ "${1:-}" = "--slow" ]; then
   shift
