@@ -1,8 +1,8 @@
 """Images and latents: data sets, the stateless training stream, the frozen VAE, image grids.
 
 In the order data flows: the datasets (`load_dataset`), the stream of training batches
-(`TrainBatches`, `make_loader`), pixels to latents and back (`load_vae`), pictures for people
-(`save_grid`). Images are float32 in [-1, 1]; the latent scale is applied here and nowhere else.
+(`TrainBatches`, `make_loader`), pixels to latents and back (`load_vae`). Images are float32 in
+[-1, 1]; the latent scale is applied here and nowhere else.
 
 Shape letters: N batch, C channels, S image size, H W latent size, n samples in a dataset.
 """
@@ -11,7 +11,6 @@ import contextlib
 import gzip
 import itertools
 import json
-import math
 import os
 import re
 import tempfile
@@ -518,27 +517,3 @@ def load_vae(
             f"{model_channels}"
         )
     return vae
-
-
-# --- Pictures for people --------------------------------------------------------------------------
-
-
-def save_grid(images: Tensor, path: str | Path, *, columns: int | None = None) -> None:
-    """Write images (N, C, H, W) in [-1, 1] as one PNG grid, all of it or nothing.
-
-    Args:
-        images: 1 or 3 channels; small ones are enlarged to at least 64 pixels.
-        path: the file; missing folders are made.
-        columns: images per row; default: a square grid.
-    """
-    from torchvision.utils import save_image
-
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    images = images.detach().float().cpu()
-    enlarge = math.ceil(64 / min(images.shape[-2:]))  # 1 from 64 pixels on
-    images = images.repeat_interleave(enlarge, dim=-2).repeat_interleave(enlarge, dim=-1)
-    columns = columns or math.ceil(math.sqrt(len(images)))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_image(images, partial, format="png", nrow=columns, normalize=True, value_range=(-1.0, 1.0))
-    os.replace(partial, path)

@@ -34,7 +34,8 @@ from classifiers import EPOCHS, Classifier, load_classifier, predict
 from common import process
 from common.files import atomic_write
 from common.flags import FlagParser, flag, number, sampling_flags, sampling_options
-from data import VAE, ImageDataset, Pixels, cache_index, load_dataset, load_vae, save_grid
+from common.pictures import save_grid
+from data import VAE, ImageDataset, Pixels, cache_index, load_dataset, load_vae
 from diffusion import Diffusion, create_diffusion
 from image_sets import DatasetSet, FolderSet, ImageSet, NpzSet, Spread, save_npz
 from latent_cache import vae_identity
@@ -203,7 +204,7 @@ def draw_samples(sampler: Sampler, seed: int, out: Path) -> tuple[Path, float]:
         shutil.rmtree(parts)
         picture = NpzSet(path).images(0, min(100, args.num_samples)).float() / 127.5 - 1
         classes = sampler.model.config.num_classes
-        save_grid(picture, path.with_suffix(".png"), columns=classes if classes <= 20 else None)
+        save_grid(picture, path.with_suffix(".png"), columns=classes if classes <= 20 else 10)
     process.barrier()
     return path, process.from_main(seconds)
 

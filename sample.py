@@ -16,7 +16,8 @@ import torch
 
 from common import process
 from common.flags import FlagParser, flag, number, sampling_flags, sampling_options
-from data import load_vae, save_grid
+from common.pictures import save_grid
+from data import load_vae
 from diffusion import create_diffusion
 from models import DiT_models, DiTConfig
 from offload import load_for_sampling

@@ -22,7 +22,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from common import process
 from common.files import atomic_write
-from data import make_loader, save_grid
+from common.pictures import save_grid
+from data import make_loader
 from routing import LoadCounter, dead_experts, load_entropy, max_violation
 from train_utils import Job, describe, find_resume, prepare
 
@@ -156,7 +157,9 @@ def draw_grid(model: nn.Module, job: Job, step: int) -> Path:
     )
     path = job.run_dir / "samples" / f"{step:07d}.png"
     if job.rt.is_main:
-        save_grid(job.vae.decode(latents), path, columns=columns)
+        known = dict(enumerate(job.args.class_names))
+        names = [known.get(label, str(label)) for label in classes.tolist()]
+        save_grid(job.vae.decode(latents), path, columns=columns, column_names=names)
         logging.info("samples: %s", path)
     return path
 

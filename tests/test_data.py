@@ -12,7 +12,7 @@ from launch import save_tiny_vae
 from PIL import Image
 
 import data
-from data import TrainBatches, center_crop, load_dataset, load_vae, make_loader, save_grid
+from data import TrainBatches, center_crop, load_dataset, load_vae, make_loader
 
 NOT_INSTALLED = not data.FASHION_MNIST_ROOT.is_dir()
 
@@ -388,35 +388,3 @@ def test_no_vae_leaves_the_images_as_they_are():
     images = torch.rand(2, 1, 8, 8) * 2 - 1
     assert pixels.downsample == 1
     assert torch.equal(pixels.decode(pixels.encode(images)), images)
-
-
-# --- Grids ----------------------------------------------------------------------------------------
-
-
-def test_a_grid_enlarges_small_images_and_leaves_no_partial_file(tmp_path):
-    path = tmp_path / "new" / "grid.png"
-    images = torch.linspace(-1, 1, 5).view(5, 1, 1, 1).expand(5, 1, 8, 8)
-    save_grid(images, path)
-    grid = np.array(Image.open(path))
-    assert grid.shape == (2 * 66 + 2, 3 * 66 + 2, 3)  # 64 pixels each, 2 between
-    assert (grid[2:66, 2:66] == 0).all() and (grid[68:132, 68:132] == 255).all()
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_a_grid_of_large_images_keeps_their_size(tmp_path):
-    save_grid(torch.zeros(2, 3, 80, 80), tmp_path / "grid.png", columns=1)
-    assert Image.open(tmp_path / "grid.png").size == (84, 166)
-
-
-def test_a_failed_write_keeps_the_old_grid(tmp_path, monkeypatch):
-    path = tmp_path / "grid.png"
-    path.write_bytes(b"old")
-
-    def fail(images, partial, **options):
-        Path(partial).write_bytes(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr("torchvision.utils.save_image", fail)
-    with pytest.raises(OSError, match="disk full"):
-        save_grid(torch.zeros(1, 3, 64, 64), path)
-    assert path.read_bytes() == b"old"

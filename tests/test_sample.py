@@ -162,7 +162,7 @@ def test_a_dtype_without_kernels_on_this_cpu_says_what_it_computes_in(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("process.has_fast_bf16", lambda device: False)
+    monkeypatch.setattr("common.process.has_fast_bf16", lambda device: False)
     sample(run, tmp_path / "grid.png", "--num-per-class", "1", "--dtype", dtype)
     expected = f"--dtype {dtype} has no fast kernels on this CPU: computing in fp32"
     assert expected in capsys.readouterr().out
