@@ -401,6 +401,7 @@ class Pixels:
 
     channels: int | None = None  # those of the images
     downsample = 1
+    x0_range: tuple[float, float] | None = (-1.0, 1.0)  # bounds of what the model draws
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return the images, (N, C, S, S) in [-1, 1]."""
@@ -413,6 +414,8 @@ class Pixels:
 
 class VAE:
     """A frozen diffusers AutoencoderKL; the only place that knows the latent scale."""
+
+    x0_range: tuple[float, float] | None = None  # latents have no bounds
 
     def __init__(self, model: Any, dtype: torch.dtype):
         """Wrap an AutoencoderKL.

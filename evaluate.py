@@ -106,13 +106,15 @@ class Sampler:
         )
         config = self.model.config
         objective = find_objective(self.settings, config, args.rf)
-        self.diffusion: Diffusion = create_diffusion(objective, learn_sigma=config.learn_sigma)
         self.vae: VAE | Pixels = load_vae(
             args.vae_path or self.settings.get("vae_path") or "stabilityai/sd-vae-ft-ema",
             device=run.device,
             model_channels=config.in_channels,
         )
         self.vae_identity = vae_identity(self.vae)
+        self.diffusion: Diffusion = create_diffusion(
+            objective, learn_sigma=config.learn_sigma, x0_range=self.vae.x0_range
+        )
         args.sampler = args.sampler or self.diffusion.default_sampler
         steps = self.diffusion.default_num_steps.get(args.sampler)
         args.num_sampling_steps = args.num_sampling_steps or steps
@@ -134,6 +136,7 @@ class Sampler:
             "vae": self.vae_identity,
             "seed": seed,
             "dtype": str(self.model.dtype),
+            "x0_range": list(self.diffusion.x0_range) if self.diffusion.x0_range else None,
             **chosen,
         }
 

@@ -302,7 +302,9 @@ def count_experts(args: argparse.Namespace, run: process.Runtime) -> RoutingData
     vae_path = args.vae_path or settings.get("vae_path") or "stabilityai/sd-vae-ft-ema"
     vae = load_vae(vae_path, device=run.device, model_channels=config.in_channels)
     meta = describe(args, model, settings, vae)
-    diffusion = create_diffusion(meta["objective"], learn_sigma=config.learn_sigma)
+    diffusion = create_diffusion(
+        meta["objective"], learn_sigma=config.learn_sigma, x0_range=vae.x0_range
+    )
     num_raw = min(args.raw_samples, meta["runs"][0]["num_images"])
     recorder = RoutingRecorder(model, meta["num_steps"], num_raw)
     router = Router(args, model, diffusion, recorder, vae)

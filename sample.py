@@ -119,9 +119,11 @@ def main(args: argparse.Namespace) -> None:
         )
         config = model.config
         objective = find_objective(settings, config, args.rf)
-        diffusion = create_diffusion(objective, learn_sigma=config.learn_sigma)
         vae_path = args.vae_path or settings.get("vae_path") or "stabilityai/sd-vae-ft-ema"
         vae = load_vae(vae_path, device=device, model_channels=config.in_channels)
+        diffusion = create_diffusion(
+            objective, learn_sigma=config.learn_sigma, x0_range=vae.x0_range
+        )
         check_flags(args, config, config.input_size * vae.downsample)
         labels = parse_labels(args, config, settings.get("class_names", []))
         per_class = args.num_per_class or max(40 // len(labels), 1)

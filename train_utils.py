@@ -216,7 +216,9 @@ def prepare(args: argparse.Namespace, *, meta: bool = False) -> Job:
         for name, value in weights:
             state[name].copy_(value)
     torch.manual_seed(args.seed + 1 + rt.rank)  # other noise, times and label drops on each
-    diffusion = create_diffusion(args.objective, learn_sigma=model.config.learn_sigma)
+    diffusion = create_diffusion(
+        args.objective, learn_sigma=model.config.learn_sigma, x0_range=vae.x0_range
+    )
     run_dir = Path(args.results_dir) / (args.run_name or default_run_name(args))
     return Job(args, rt, dataset, vae, diffusion, model, model.num_parameters(), run_dir)
 

@@ -48,7 +48,10 @@ class DiTMoEPipeline(DiffusionPipeline):
         self.register_to_config(objective=objective, class_names=class_names or [])
         diffusion = importlib.import_module("dit_moe.diffusion")
         learn_sigma = transformer.dit.config.learn_sigma
-        self.diffusion = diffusion.create_diffusion(objective, learn_sigma=learn_sigma)
+        x0_range = (-1.0, 1.0) if vae is None else None  # of pixels; latents have no bounds
+        self.diffusion = diffusion.create_diffusion(
+            objective, learn_sigma=learn_sigma, x0_range=x0_range
+        )
 
     @torch.no_grad()
     def __call__(

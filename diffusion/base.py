@@ -93,6 +93,7 @@ class Diffusion(ABC):
     default_num_steps: ClassVar[dict[str, int]]  # sampler -> steps; the first one is the default
     default_cfg_channels: ClassVar[int | None]  # how many channels guidance acts on; None = all C
     time_scale: ClassVar[float]  # the model's time is `time_scale * t`
+    x0_range: tuple[float, float] | None = None  # bounds of what is drawn, where a sampler needs it
 
     @property
     def samplers(self) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ BETA_START, BETA_END = 1e-4, 0.02
 
 
 class NoiseLevels(NamedTuple):
-    """Coefficients of a chain, least noise first: every field is (K,) float64, or as `at` picks."""
+    """Coefficients of a chain, least noise first: every field is (K,) float64, or as picked."""
 
     signal_scale: Tensor  # sqrt(alpha_bar_t); x_t = signal_scale * x_0 + noise_scale * eps
     noise_scale: Tensor  # sqrt(1 - alpha_bar_t)
@@ -58,12 +58,9 @@ class NoiseLevels(NamedTuple):
             log_beta=beta.log(),
         )
 
-    def at(self, index: Tensor | int) -> "NoiseLevels":
-        """Pick levels: one for all samples (a scalar), or one each (N,) -> (N, 1, 1, 1) float32."""
-        if isinstance(index, int):
-            return NoiseLevels(*(field[index] for field in self))
-        picked = torch.stack(self).float().to(index.device)[:, index]  # (fields, N)
-        return NoiseLevels(*picked.view(len(self), -1, 1, 1, 1))
+    def at(self, index: int) -> "NoiseLevels":
+        """Pick one level for all samples: every field is ()."""
+        return NoiseLevels(*(field[index] for field in self))
 
 
 class StepBack(NamedTuple):
@@ -80,6 +77,8 @@ class GaussianDiffusion(Diffusion):
     Args:
         learn_sigma: train the second C channels by the variational bound and sample with their
             variance; otherwise the variance of a step is beta.
+        x0_range: lowest and highest value of the data, to which samplers clamp the predicted x_0:
+            at t = 999 an error of the noise is 157 times as large in x_0. None: no bounds.
     """
 
     objective = "ddpm"
@@ -87,11 +86,21 @@ class GaussianDiffusion(Diffusion):
     default_cfg_channels = 3  # as DiT, for comparability
     time_scale = float(NUM_TIMESTEPS)
 
-    def __init__(self, *, learn_sigma: bool = True) -> None:
-        self.learn_sigma = learn_sigma
+    def __init__(
+        self, *, learn_sigma: bool = True, x0_range: tuple[float, float] | None = None
+    ) -> None:
+        self.learn_sigma, self.x0_range = learn_sigma, x0_range
         beta = torch.linspace(BETA_START, BETA_END, NUM_TIMESTEPS, dtype=torch.float64)
         self.alpha_bar = (1 - beta).cumprod(dim=0)
         self.levels = NoiseLevels.from_alpha_bar(self.alpha_bar)
+        self._tables: dict[torch.device, Tensor] = {}  # the levels (fields, K) fp32 on each device
+
+    def levels_at(self, t: Tensor) -> NoiseLevels:
+        """Pick a level for each sample at timesteps t (N,) int64: fields are (N, 1, 1, 1) fp32."""
+        if t.device not in self._tables:  # copied once: a copy makes the host wait
+            self._tables[t.device] = torch.stack(self.levels).float().to(t.device)
+        picked = self._tables[t.device][:, t]  # (fields, N)
+        return NoiseLevels(*picked.view(len(picked), -1, 1, 1, 1))
 
     # -- training
 
@@ -103,7 +112,7 @@ class GaussianDiffusion(Diffusion):
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Draw x_t of q(x_t | x_0), (N, C, H, W). Source: DDPM eq. 4."""
-        level = self.levels.at(t.long())
+        level = self.levels_at(t.long())
         return level.signal_scale * latents + level.noise_scale * noise
 
     def loss_terms(
@@ -126,18 +135,24 @@ class GaussianDiffusion(Diffusion):
 
         Source: DDPM eq. 5: a KL divergence, or the reconstruction at t = 0.
         """
-        level = self.levels.at(t)
+        level = self.levels_at(t)
         back = self.p_mean_variance(level, prediction, x_t)
         true_mean = level.posterior_x0 * latents + level.posterior_xt * x_t
         kl = gaussian_kl(true_mean, level.posterior_log_variance, back.mean, back.log_variance)
         nll = discretized_gaussian_nll(latents, back.mean, 0.5 * back.log_variance)
         return torch.where(t == 0, mean_flat(nll), mean_flat(kl)) / math.log(2.0)
 
-    def p_mean_variance(self, level: NoiseLevels, prediction: Tensor, x_t: Tensor) -> StepBack:
+    def p_mean_variance(
+        self,
+        level: NoiseLevels,
+        prediction: Tensor,
+        x_t: Tensor,
+        x0_range: tuple[float, float] | None = None,
+    ) -> StepBack:
         """Read a prediction (N, C_out, H, W) at x_t (N, C, H, W) as a Gaussian one level below.
 
-        Source: DDPM eq. 7 with the predicted x_0 (not clipped: latents have no range); variance
-        between its two bounds, iDDPM eq. 15.
+        Source: DDPM eq. 7 with the predicted x_0, clamped to `x0_range` if given; variance between
+        its two bounds, iDDPM eq. 15.
         """
         channels = x_t.shape[1]
         if self.learn_sigma:
@@ -146,8 +161,11 @@ class GaussianDiffusion(Diffusion):
             least, most = level.posterior_log_variance, level.log_beta
             log_variance = fraction * most + (1 - fraction) * least
         else:
-            eps, log_variance = prediction[:, :channels], level.log_beta.expand_as(x_t)
+            # level.log_beta may be a float64 scalar on the CPU
+            eps, log_variance = prediction[:, :channels], torch.zeros_like(x_t) + level.log_beta
         x0 = predicted_x0(level, eps, x_t)
+        if x0_range is not None:
+            x0 = x0.clamp(*x0_range)
         mean = level.posterior_x0 * x0 + level.posterior_xt * x_t
         return StepBack(mean, log_variance, x0)
 
@@ -164,8 +182,10 @@ class GaussianDiffusion(Diffusion):
         if num_steps > NUM_TIMESTEPS:
             raise ValueError(f"num_steps must be in 1..{NUM_TIMESTEPS}, got {num_steps}")
         if sampler == "dpm++":
-            return dpm_solver_steps(num_steps)
-        update = partial(self.ddpm_step, generator=generator) if sampler == "ddpm" else ddim_step
+            return self.dpm_solver_steps(num_steps)
+        update = self.ddim_step
+        if sampler == "ddpm":
+            update = partial(self.ddpm_step, generator=generator)
         timesteps, levels = self.respace(num_steps)
         steps = [
             (float(t), partial(update, t=t, level=levels.at(i))) for i, t in enumerate(timesteps)
@@ -176,41 +196,52 @@ class GaussianDiffusion(Diffusion):
         self, predict: Predict, x: Tensor, t: int, level: NoiseLevels, generator: Generators
     ) -> Tensor:
         """Draw x_{t-1} of p(x_{t-1} | x_t); the last step takes its mean. Source: DDPM alg. 2."""
-        back = self.p_mean_variance(level, predict(x, t), x)
+        back = self.p_mean_variance(level, predict(x, t), x, self.x0_range)
         if level.noise_scale_prev == 0:
             return back.mean
         return back.mean + (0.5 * back.log_variance).exp() * randn(x.shape, x.device, generator)
+
+    def ddim_step(self, predict: Predict, x: Tensor, t: int, level: NoiseLevels) -> Tensor:
+        """Move to the level below along the same noise. Source: DDIM, arXiv:2010.02502, eq. 12."""
+        x0, eps = self.data_and_noise(level, predict(x, t), x)
+        return level.signal_scale_prev * x0 + level.noise_scale_prev * eps
+
+    def dpm_solver_steps(self, num_steps: int) -> Steps:
+        """Return the steps of DPM-Solver++(2M), arXiv:2211.01095, alg. 2, from diffusers."""
+        from diffusers import DPMSolverMultistepScheduler  # seconds to import, one sampler needs it
+
+        scheduler: Any = DPMSolverMultistepScheduler(
+            num_train_timesteps=NUM_TIMESTEPS,
+            beta_start=BETA_START,
+            beta_end=BETA_END,
+            beta_schedule="linear",
+        )
+        # From 999 down for any number of steps; rounding may give arange one entry too many.
+        times = np.arange(NUM_TIMESTEPS, 0, -NUM_TIMESTEPS / num_steps)[:num_steps]
+        timesteps: list[int] = (times.round().astype(int) - 1).tolist()
+        scheduler.set_timesteps(timesteps=timesteps)
+
+        def update(predict: Predict, x: Tensor, t: int) -> Tensor:
+            _, eps = self.data_and_noise(self.levels.at(t), predict(x, t), x)
+            return scheduler.step(eps, t, x, return_dict=False)[0]
+
+        return [(float(t), partial(update, t=t)) for t in timesteps]
+
+    def data_and_noise(
+        self, level: NoiseLevels, prediction: Tensor, x_t: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return x_0 and the noise, (N, C, H, W) each, of which x_t is made by a prediction."""
+        eps = prediction[:, : x_t.shape[1]]
+        x0 = predicted_x0(level, eps, x_t)
+        if self.x0_range is None:
+            return x0, eps
+        x0 = x0.clamp(*self.x0_range)
+        return x0, (x_t - level.signal_scale * x0) / level.noise_scale
 
 
 def predicted_x0(level: NoiseLevels, eps: Tensor, x_t: Tensor) -> Tensor:
     """Solve x_t = signal_scale * x_0 + noise_scale * eps for x_0."""
     return (x_t - level.noise_scale * eps) / level.signal_scale
-
-
-def ddim_step(predict: Predict, x: Tensor, t: int, level: NoiseLevels) -> Tensor:
-    """Move to the level below along the same noise. Source: DDIM, arXiv:2010.02502, eq. 12."""
-    eps = predict(x, t)[:, : x.shape[1]]
-    return level.signal_scale_prev * predicted_x0(level, eps, x) + level.noise_scale_prev * eps
-
-
-def dpm_solver_steps(num_steps: int) -> Steps:
-    """Return the steps of DPM-Solver++(2M), arXiv:2211.01095, alg. 2, from diffusers."""
-    from diffusers import DPMSolverMultistepScheduler  # seconds to import, one sampler needs it
-
-    scheduler: Any = DPMSolverMultistepScheduler(
-        num_train_timesteps=NUM_TIMESTEPS,
-        beta_start=BETA_START,
-        beta_end=BETA_END,
-        beta_schedule="linear",
-        timestep_spacing="trailing",  # starts at 999 for any number of steps
-    )
-    scheduler.set_timesteps(num_steps)
-
-    def update(predict: Predict, x: Tensor, t: Tensor) -> Tensor:
-        eps = predict(x, t.item())[:, : x.shape[1]]  # variance channels are not for this solver
-        return scheduler.step(eps, t, x, return_dict=False)[0]
-
-    return [(t.item(), partial(update, t=t)) for t in scheduler.timesteps]
 
 
 # -- Gaussian terms of the bound, elementwise in nats

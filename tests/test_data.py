@@ -385,6 +385,7 @@ def test_a_missing_or_incomplete_vae_folder_is_refused(vae_folder, tmp_path):
 
 def test_no_vae_leaves_the_images_as_they_are():
     pixels = load_vae("none", device="cpu")
+    assert (pixels.x0_range, data.VAE.x0_range) == ((-1.0, 1.0), None)
     images = torch.rand(2, 1, 8, 8) * 2 - 1
     assert pixels.downsample == 1
     assert torch.equal(pixels.decode(pixels.encode(images)), images)

@@ -220,6 +220,94 @@ def test_ddpm_samplers_take_as_few_steps_as_one(sampler: str, num_steps: int):
     assert samples.mean().item() == pytest.approx(DATA_MEAN, abs=0.3)
 
 
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+def test_any_number_of_steps_calls_the_model_as_often_at_times_of_the_chain(sampler: str):
+    for num_steps in [*range(1, 131), 201, 999, 1000]:  # dpm++ once made 62 of them in 61 steps
+        times = [t for t, _ in GaussianDiffusion().steps(sampler, num_steps, None)]
+        assert len(times) == len(set(times)) == num_steps
+        assert times == sorted(times, reverse=True)
+        assert (times[0], times[-1] >= 0) == (999, True)
+
+
+@pytest.mark.parametrize("learn_sigma", [True, False])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+def test_ddpm_samples_are_float32_on_the_device_of_the_noise(sampler: str, learn_sigma: bool):
+    def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return x.repeat(1, 1 + learn_sigma, 1, 1)
+
+    diffusion = create_diffusion("ddpm", learn_sigma=learn_sigma)
+    for device in ("cpu", "meta"):
+        noise = torch.zeros(SHAPE, device=device)
+        samples = diffusion.sample(model, noise, Y.to(device), sampler=sampler, num_steps=3)
+        assert (samples.dtype, samples.device.type) == (torch.float32, device)
+
+
+@pytest.mark.parametrize("index", [0, 700, 999])
+def test_gaussian_one_level_below_is_float32_without_learned_variance(index: int):
+    diffusion = GaussianDiffusion(learn_sigma=False)
+    back = diffusion.p_mean_variance(diffusion.levels.at(index), randn(*SHAPE), randn(*SHAPE))
+    assert back.mean.dtype == back.log_variance.dtype == torch.float32
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)[index].float()
+    torch.testing.assert_close(back.log_variance, beta.log().expand(SHAPE))
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+@pytest.mark.parametrize("value", [0.6, -2.0])
+def test_ddpm_samplers_of_pixels_end_on_the_data_if_it_is_one_image_or_at_its_bound(
+    sampler: str, value: float
+):
+    """Predict the noise as if all data were `value`, which is out of the range for -2."""
+
+    def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        level = GaussianDiffusion().levels_at(t.long())
+        eps = (x - level.signal_scale * value) / level.noise_scale
+        return torch.cat([eps, -torch.ones_like(eps)], dim=1)
+
+    pixels, latents = (
+        create_diffusion("ddpm", x0_range=x0_range).sample(
+            model, randn(*SHAPE), Y, sampler=sampler, num_steps=20, generator=seeded()
+        )
+        for x0_range in ((-1.0, 1.0), None)
+    )
+    torch.testing.assert_close(pixels, torch.full(SHAPE, max(value, -1.0)), atol=2e-3, rtol=0)
+    torch.testing.assert_close(latents, torch.full(SHAPE, value), atol=2e-3, rtol=0)
+
+
+def test_an_error_of_the_first_prediction_does_not_push_pixels_out_of_their_range():
+    """An error of 1 in the noise at t = 999 is one of 157 in x_0, far beyond any image."""
+    seen: list[Tensor] = []
+
+    def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        seen.append(x)
+        return torch.cat([x + 1, torch.zeros_like(x)], dim=1)
+
+    diffusion = GaussianDiffusion(x0_range=(-1.0, 1.0))
+    diffusion.sample(model, randn(*SHAPE), Y, sampler="ddim", num_steps=2)
+    x0, eps = diffusion.data_and_noise(diffusion.levels.at(999), model(seen[0], Y, Y), seen[0])
+    assert (x0.min(), x0.max()) == (-1.0, -1.0)
+    level = diffusion.levels.at(999)
+    torch.testing.assert_close(level.signal_scale * x0 + level.noise_scale * eps, seen[0])
+    assert seen[1].abs().max() < 5  # data in range and the noise that x_t leaves for it
+
+
+def test_clamping_changes_no_loss_and_no_sample_within_the_range():
+    latents, generator = randn(*SHAPE).clamp(-1, 1), seeded()
+    losses = [
+        create_diffusion("ddpm", x0_range=x0_range).training_loss(
+            echo_in_training, latents, Y, t=torch.tensor([0, 999]), noise=randn(*SHAPE, seed=1)
+        )
+        for x0_range in ((-1.0, 1.0), None)
+    ]
+    assert torch.equal(losses[0].per_sample, losses[1].per_sample)
+    wide, none = (
+        create_diffusion("ddpm", x0_range=x0_range).sample(
+            gaussian_model, randn(*SHAPE), Y, num_steps=4, generator=generator.manual_seed(0)
+        )
+        for x0_range in ((-1e6, 1e6), None)
+    )
+    assert torch.equal(wide, none)
+
+
 # -- what both share
 
 
@@ -267,9 +355,9 @@ def test_learned_variance_stays_that_of_the_conditional_half():
     diffusion = GaussianDiffusion()
     original = diffusion.p_mean_variance
 
-    def spy(level: Any, prediction: Tensor, x_t: Tensor) -> Any:
+    def spy(level: Any, prediction: Tensor, x_t: Tensor, x0_range: Any = None) -> Any:
         seen.append(prediction)
-        return original(level, prediction, x_t)
+        return original(level, prediction, x_t, x0_range)
 
     diffusion.p_mean_variance = spy  # type: ignore[method-assign]
     diffusion.sample(label_model, randn(*SHAPE), Y, num_steps=1, cfg_scale=4.0, null_label=10)

@@ -280,14 +280,16 @@ def pixels(images: Tensor) -> Tensor:
 def test_pipeline_folders_draw_the_same_pixels_as_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folders, expected = [], []
-    for vae_path, channels in (("none", 1), (str(tiny_vae(tmp_path / "vae")), 4)):
+    folders: list[Path] = []
+    expected: list[Tensor] = []
+    vae = str(tiny_vae(tmp_path / "vae"))
+    for vae_path, channels, objective in (("none", 1, "rf"), ("none", 1, "ddpm"), (vae, 4, "rf")):
         config = DiTConfig.from_dict({**TINY.to_dict(), "in_channels": channels})
-        source = tmp_path / f"{channels}.safetensors"
-        settings = {**SETTINGS, "vae_path": vae_path}
+        source = tmp_path / f"{len(folders)}.safetensors"
+        settings = {**SETTINGS, "vae_path": vae_path, "objective": objective}
         save_safetensors(source, random_model(config).state_dict(), config, settings)
-        run("convert", source, tmp_path / f"pipeline{channels}", "--pipeline")
-        folders.append(tmp_path / f"pipeline{channels}")
+        folders.append(tmp_path / f"pipeline{len(folders)}")
+        run("convert", source, folders[-1], "--pipeline")
         expected.append(draw_by_sample(source, monkeypatch))
     for images, grid, folder in zip(
         draw_by_pipelines(folders, tmp_path), expected, folders, strict=True

@@ -103,6 +103,11 @@ def test_data_decides_classes_size_vae_and_workers(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_ddpm_draws_pixels_within_their_range(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path, "--rf", "False")
+    assert (job.diffusion.objective, job.diffusion.x0_range) == ("ddpm", (-1.0, 1.0))
+
+
 def test_fewer_classes_than_the_data_has_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--num-classes 9 is less than the 10 classes of"):
         tiny_job(tmp_path, "--num-classes", "9")
