@@ -7,7 +7,7 @@ Pure functions of state dicts; no file is read here (see checkpoint.py). In this
    (XL, G) and one tensor per expert, dense DiT, and diffusers' DiTTransformer2DModel.
 3. `by_block`: any layout to ours, one block at a time, for models that do not fit in memory.
 4. `to_published`: ours to the published DiT-MoE layouts.
-5. `infer_config`: the DiTConfig from the shapes of our tensors.
+5. `infer_config`: the DiTConfig from the shapes of our tensors, and what flags tell.
 
 Shape letters: D hidden, F expert hidden, S shared hidden, E experts, P patch, T tokens per image.
 """
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models import DiTConfig
+from models import DiT_models, DiTConfig
 
 StateDict = Mapping[str, Tensor]
 
@@ -224,6 +224,20 @@ def _rename_start(name: str, renames: Mapping[str, str]) -> str:
     return name
 
 
+def known_fields(model: str | None = None, **flags: Any) -> dict[str, Any]:
+    """Return the config fields that flags tell of a file that brings no config.
+
+    Args:
+        model: `--model`, a name in `DiT_models`: tells the number of heads, as shapes do not.
+        flags: config fields; those that are None are left out.
+    """
+    fields = {name: value for name, value in flags.items() if value is not None}
+    if model is not None and "num_heads" not in fields:
+        with torch.device("meta"):
+            fields["num_heads"] = DiT_models[model]().config.num_heads
+    return fields
+
+
 def infer_config(state: StateDict, known: Mapping[str, Any] | None = None) -> DiTConfig:
     """Read the DiTConfig from the shapes of the tensors.
 
@@ -247,7 +261,7 @@ def infer_config(state: StateDict, known: Mapping[str, Any] | None = None) -> Di
         if name not in fields:
             raise ValueError(
                 f"{name} can't be told from these weights (width {fields['hidden_size']}, known "
-                f"widths {sorted(PUBLISHED_HEADS)}): pass config=DiTConfig(...)"
+                f"widths {sorted(PUBLISHED_HEADS)}): give --model (in Python: config=DiTConfig())"
             )
     return DiTConfig(**fields)
 

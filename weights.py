@@ -1,14 +1,16 @@
 """Weights of every layout: opened without reading them, or loaded as a model.
 
 1. `open_weights`: names to tensors that are mapped when used, their config and settings.
-2. `load_model`, `place`, `add_pos_embed`: to a `DiT` in the right dtype on the right device;
-   `page_out` for those who read a block at a time.
-3. `load_settings`, `find_objective`: what else a file says.
-4. `_open` and below: which layout it is. The names inside published files are in layouts.py.
+2. `empty_model`, `read_blocks`: the model without memory, and its tensors in our layout, each
+   checked when its turn comes.
+3. `load_model`, `build_model`, `place`, `add_pos_embed`: to a `DiT` in the right dtype on the right
+   device; `page_out` for those who read a block at a time.
+4. `load_settings`, `find_objective`: what else a file says.
+5. `_open` and below: which layout it is. The names inside published files are in layouts.py.
 """
 
+import argparse
 import ctypes
-import json
 import mmap
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -26,7 +28,17 @@ from checkpoint import (
     load_checkpoint,
     load_torch,
 )
-from layouts import StateDict, block_index, infer_config, to_ours
+from common.errors import FileError, UserError, blamed_on
+from common.process import check_memory
+from described import (
+    check_fields,
+    parse_json,
+    read_config,
+    read_description,
+    read_json,
+    read_settings,
+)
+from layouts import StateDict, block_index, by_block, infer_config, to_ours
 from models import DiT, DiTConfig, sincos_pos_embed
 from sharded import ShardedCheckpoint
 
@@ -37,6 +49,7 @@ MADV_PAGEOUT = 21  # Linux
 class _Source(NamedTuple):
     """What a file or folder holds."""
 
+    path: Path  # of what was opened: a run's latest checkpoint
     weights: Mapping[str, StateDict]  # "model" and / or "ema", in the layout of the file
     config: DiTConfig | None = None
     settings: Mapping[str, Any] = {}
@@ -69,6 +82,7 @@ class Weights(NamedTuple):
     state: StateDict  # in the layout of the file, see layouts.to_ours
     config: DiTConfig
     settings: Mapping[str, Any]
+    path: Path  # what was opened: for a run folder, its latest checkpoint
 
 
 def open_weights(
@@ -89,18 +103,73 @@ def open_weights(
     kinds = ("ema", "model") if ema else ("model",)
     found = [source.weights[kind] for kind in kinds if kind in source.weights]
     if not found:
-        raise ValueError(f"ema={ema}: {path} holds only the weights {sorted(source.weights)}")
-    config = config or source.config
+        raise UserError(f"ema={ema}: {path} holds only the weights {sorted(source.weights)}")
+    state, config = found[0], config or source.config
+    indices = {name: block_index(name) for name in state}
+    blocks = {index for index in indices.values() if index is not None}
     if config is None:
-        indices = {name: block_index(name) for name in found[0]}
-        depth = 1 + max((i for i in indices.values() if i is not None), default=0)
-        first = {name: found[0][name] for name, i in indices.items() if not i}  # None or block 0
-        given = {"depth": depth, **source.known, **(known or {})}
-        try:
-            config = infer_config(dict(to_ours(first)), given)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-    return Weights(found[0], config, source.settings)
+        first = {name: state[name] for name, i in indices.items() if not i}  # None or block 0
+        given = check_fields({**source.known, **(known or {})}, path)
+        with blamed_on(str(path)):
+            config = infer_config(dict(to_ours(first)), {"depth": len(blocks), **given})
+    # before a model of so many blocks is built, even without memory
+    if len(blocks) != config.depth or max(blocks) != config.depth - 1:
+        numbers = f", numbered up to {max(blocks)}" if blocks else ""
+        raise FileError(
+            f"{path} holds {len(blocks)} blocks{numbers}; its config says {config.depth}, from 0 on"
+        )
+    return Weights(state, config, source.settings, source.path)
+
+
+def empty_model(config: DiTConfig) -> DiT:
+    """Return a model on the meta device, in eval mode."""
+    with torch.device("meta"):
+        return DiT(config).eval()
+
+
+def read_blocks(
+    weights: Weights, *, check_values: bool = True
+) -> Iterator[tuple[int | None, dict[str, Tensor]]]:
+    """Yield (None, tensors outside all blocks), then (i, tensors of block i), in our layout.
+
+    Args:
+        weights: of any layout; read as the groups are asked for.
+        check_values: look for NaN and infinity, 0.05 s a GB.
+
+    Raises:
+        FileError: a tensor is missing, unknown, of another shape than the config says, or holds
+            NaN or infinity.
+    """
+    model, path = empty_model(weights.config), weights.path
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    with blamed_on(str(path)):
+        for index, tensors in by_block(weights.state):
+            if index is None:
+                add_pos_embed(tensors, weights.config)
+            expected = {name for name in shapes if block_index(name) == index}
+            if missing := sorted(expected - set(tensors)):
+                raise FileError(f"{path} lacks {missing[0]}, one of {len(missing)} tensors")
+            for name, tensor in tensors.items():
+                _check_tensor(name, tensor, shapes.get(name), path, check_values)
+            yield index, tensors
+
+
+def _check_tensor(
+    name: str, tensor: Tensor, shape: torch.Size | None, path: Path, check_values: bool
+) -> None:
+    if shape is None:
+        raise FileError(f"{path}: its config has no tensor {name}")
+    if tensor.shape != shape:
+        raise FileError(
+            f"{path}: {name} has shape {tuple(tensor.shape)}, its config says {tuple(shape)}"
+        )
+    if not tensor.is_floating_point():
+        raise FileError(f"{path}: {name} holds {tensor.dtype}, not floats")
+    if check_values and not torch.stack(tensor.aminmax()).isfinite().all():
+        raise FileError(
+            f"{path}: {name} holds NaN or infinity, so it would draw noise: it is damaged, or the "
+            "training diverged; take an earlier checkpoint"
+        )
 
 
 def load_model(
@@ -125,26 +194,29 @@ def load_model(
         dtype: of the parameters, except `FLOAT32_NAMES`; None for that of the file.
         device: of the parameters.
         config: needed where shapes don't tell it all (see `infer_config`), else left out.
-        known: config fields that neither the file nor its shapes tell; ignored where a file brings
-            its config.
+        known: config fields that neither the file nor its shapes tell (see `known_fields`);
+            ignored where a file brings its config.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
-        ValueError: the file is damaged, wants to run code, or is of no known layout; the weights
-            asked for are absent, or don't fit the config.
+        UserError: the file is damaged, wants to run code, or is of no known layout; the weights
+            asked for are absent, are no numbers, or don't fit the config.
     """
     weights = open_weights(path, ema=ema, config=config, known=known)
-    try:
-        tensors = to_ours(weights.state)
-        state = {name: place(name, tensor, device, dtype) for name, tensor in tensors}
-        add_pos_embed(state, weights.config, device)
-        with torch.device("meta"):
-            model = DiT(weights.config)
-        model.load_state_dict(state, assign=True)
-        model.settings = dict(weights.settings)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    return model.eval()
+    return build_model(weights, dtype=dtype, device=device)
+
+
+def build_model(
+    weights: Weights, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> DiT:
+    """Return the model of open weights; see `load_model`."""
+    state: dict[str, Tensor] = {}
+    for _, tensors in read_blocks(weights):
+        state |= {name: place(name, t, device, dtype) for name, t in tensors.items()}
+    model = empty_model(weights.config)
+    model.load_state_dict(state, assign=True)
+    model.settings = dict(weights.settings)
+    return model
 
 
 def place(
@@ -165,6 +237,8 @@ def add_pos_embed(
 ) -> None:
     """Add the frozen position table where the layout, diffusers', does not save it."""
     if "pos_embed" not in state:
+        size = 4 * config.num_patches * config.hidden_size
+        check_memory(4 * size, f"input_size {config.input_size}")  # in float64 on the way
         table = sincos_pos_embed(config.input_size // config.patch_size, config.hidden_size)
         state["pos_embed"] = table.to(device)
 
@@ -198,7 +272,7 @@ def find_objective(settings: Mapping[str, Any], config: DiTConfig, rf: bool | No
     known = settings.get("objective")
     asked = None if rf is None else ("rf" if rf else "ddpm")
     if known and asked and known != asked:
-        raise ValueError(f"--rf {rf}: the checkpoint was trained with {known}; leave --rf out")
+        raise UserError(f"--rf {rf}: the checkpoint was trained with {known}; leave --rf out")
     return known or asked or ("rf" if config.qk_norm else "ddpm")
 
 
@@ -214,16 +288,18 @@ def _open(path: Path) -> _Source:
     content = load_torch(path)
     if is_checkpoint(content):
         content = load_checkpoint(path)
-        weights = {kind: content[kind] for kind in ("model", "ema") if content[kind] is not None}
-        return _Source(weights, DiTConfig.from_dict(content["config"]), content["settings"])
+        ours = read_config(content["config"], path)
+        return _Source(path, _wrapped(content), ours, read_settings(content["settings"], path))
+    config, settings = read_description(path)
     if isinstance(content, dict) and (weights := _wrapped(content)):
-        args = content.get("args") or {}
-        args = args if isinstance(args, dict) else vars(args)
-        names = ("num_experts_per_tok",)
-        return _Source(weights, known={name: args[name] for name in names if name in args})
+        args = content.get("args")
+        args = vars(args) if isinstance(args, argparse.Namespace) else args
+        args = args if isinstance(args, dict) else {}
+        known = {name: args[name] for name in ("num_experts_per_tok",) if name in args}
+        return _Source(path, weights, config, settings, known)
     if _is_state_dict(content):
-        return _Source({"model": content, "ema": content})
-    raise ValueError(f"{path} has {describe(content)}; {ACCEPTED}")
+        return _Source(path, {"model": content, "ema": content}, config, settings)
+    raise FileError(f"{path} has {describe(content)}; {ACCEPTED}")
 
 
 def _wrapped(content: dict[str, Any]) -> dict[str, StateDict]:
@@ -237,30 +313,33 @@ def _open_folder(folder: Path) -> _Source:
         return _open_sharded(folder)
     if (latest := latest_checkpoint(folder)) is not None:
         return _open(latest)
+    path = folder
     if (folder / "model_index.json").is_file():  # a whole diffusers pipeline
         folder = folder / "transformer"
     config_path = folder / "config.json"
-    config = json.loads(config_path.read_text()) if config_path.is_file() else {}
+    config = read_json(config_path) if config_path.is_file() else {}
     if "hidden_size" in config:
-        return _open_safetensors(*_shards(folder, "model"))
+        return _open_safetensors(*_shards(folder, "model"))._replace(path=path)
     if config.get("_class_name") != "DiTTransformer2DModel":
         found = config.get("_class_name") or sorted(item.name for item in folder.iterdir())[:5]
-        raise ValueError(f"{folder} is a folder with {found}; {ACCEPTED}")
-    if config["activation_fn"] != "gelu-approximate":
-        raise ValueError(f"{folder}: activation_fn {config['activation_fn']} is no DiT's")
+        raise FileError(f"{folder} is a folder with {found}; {ACCEPTED}")
+    if config.get("activation_fn") != "gelu-approximate":
+        raise FileError(f"{folder}: activation_fn {config.get('activation_fn')} is no DiT's")
     source = _open_safetensors(*_shards(folder, "diffusion_pytorch_model"))
-    known = {"num_heads": config["num_attention_heads"], "input_size": config["sample_size"]}
-    return source._replace(known=known)
+    names = {"num_attention_heads": "num_heads", "sample_size": "input_size"}
+    known = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
+    return source._replace(path=path, known=check_fields(known, config_path))
 
 
 def _open_sharded(folder: Path) -> _Source:
     """Open a checkpoint of train_deepspeed.py; tensors are assembled when asked for."""
     checkpoint = ShardedCheckpoint(folder)
-    config = DiTConfig.from_dict(checkpoint.state["config"])
+    config = read_config(checkpoint.state["config"], folder / "state.json")
+    settings = read_settings(checkpoint.state["settings"], folder / "state.json")
     table = sincos_pos_embed(config.input_size // config.patch_size, config.hidden_size)
     frozen = {"pos_embed": table}  # no share holds what is not trained
     weights = {kind: checkpoint.weights(kind, frozen) for kind in ("model", "ema")}
-    return _Source(weights, config, checkpoint.state["settings"])
+    return _Source(folder, weights, config, settings)
 
 
 def _shards(folder: Path, stem: str) -> list[Path]:
@@ -268,18 +347,23 @@ def _shards(folder: Path, stem: str) -> list[Path]:
     index = folder / f"{stem}.safetensors.index.json"
     if not index.is_file():
         if not (folder / f"{stem}.safetensors").is_file():
-            raise ValueError(f"{folder} has a config.json but no {stem}.safetensors")
+            raise FileError(f"{folder} has a config.json but no {stem}.safetensors")
         return [folder / f"{stem}.safetensors"]
-    return [
-        folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    ]
+    weight_map = read_json(index).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise FileError(f"{index}: weight_map names no files")
+    if outside := [name for name in names if Path(name).name != name]:
+        raise FileError(f"{index} names {outside[0]!r}, which is not in its folder")
+    return [folder / name for name in sorted(set(names))]
 
 
 def _open_safetensors(*paths: Path) -> _Source:
     """Open files of one model; its config may also lie beside them as config.json."""
     index = paths[0].with_name("model.safetensors.index.json")  # huggingface_hub's settings
-    content = json.loads(index.read_text()) if index.is_file() else {}
-    metadata: dict[str, Any] = content.get("metadata", {})
+    metadata: dict[str, Any] = {}
+    if index.is_file() and isinstance(told := read_json(index).get("metadata"), dict):
+        metadata |= told
     files: dict[str, Path] = {}
     for path in paths:
         if not path.is_file():
@@ -289,16 +373,17 @@ def _open_safetensors(*paths: Path) -> _Source:
                 metadata |= file.metadata() or {}
                 files |= dict.fromkeys(file.keys(), path)
         except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
-    beside = paths[0].with_name("config.json")
-    fields = json.loads(metadata["config"]) if "config" in metadata else None
-    if fields is None and beside.is_file():
-        fields = json.loads(beside.read_text())
-    config = DiTConfig.from_dict(fields) if fields and "_class_name" not in fields else None
+            raise FileError(f"{path} is damaged or no safetensors file: {error}") from error
+    beside, fields = paths[0].with_name("config.json"), None
+    if "config" in metadata:
+        fields = parse_json(str(metadata["config"]), f"config of {paths[0]}")
+    elif beside.is_file():
+        fields = read_json(beside)
+    config = read_config(fields, paths[0]) if fields and "_class_name" not in fields else None
+    settings = parse_json(str(metadata.get("settings", "{}")), f"settings of {paths[0]}")
     weights = SafetensorsWeights(files)
-    return _Source(
-        {"model": weights, "ema": weights}, config, json.loads(metadata.get("settings", "{}"))
-    )
+    sets = {"model": weights, "ema": weights}
+    return _Source(paths[0], sets, config, read_settings(settings, paths[0]))
 
 
 def _is_state_dict(content: Any) -> bool:

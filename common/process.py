@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from common.errors import UserError
+
 DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -145,6 +147,24 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
         print(f"--dtype {name} has no fast kernels on this CPU: computing in {fast}")
         name = fast
     return DTYPES[name]
+
+
+def check_memory(num_bytes: float, what: str) -> None:
+    """Refuse what no process of this machine could hold, before it is asked for.
+
+    Args:
+        num_bytes: that are needed at once.
+        what: flag and value, for the message.
+
+    Raises:
+        UserError: it is more than all of the machine's memory.
+    """
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if num_bytes > total:
+        raise UserError(
+            f"{what} needs {num_bytes / 2**30:,.0f} GiB of memory, this machine has "
+            f"{total / 2**30:,.0f}"
+        )
 
 
 def rng_state() -> dict[str, Tensor]:
