@@ -33,10 +33,10 @@ from checkpoint import checkpoint_hash
 from classifiers import EPOCHS, Classifier, load_classifier, predict
 from common import process
 from common.files import atomic_write
-from common.flags import FlagParser, flag, number, sampling_flags, sampling_options
+from common.flags import FlagParser, number, sampling_flags, sampling_options
 from common.pictures import save_grid
-from data import VAE, ImageDataset, Pixels, cache_index, load_dataset, load_vae
-from diffusion import Diffusion, create_diffusion
+from data import ImageDataset, cache_index, load_dataset
+from diffusion import Diffusion
 from image_sets import DatasetSet, FolderSet, ImageSet, NpzSet, Spread, save_npz
 from latent_cache import vae_identity
 from metrics import (
@@ -48,9 +48,7 @@ from metrics import (
     compare,
     frechet_distance,
 )
-from models import DiT
-from offload import load_for_sampling
-from weights import find_objective, load_settings
+from sampling.opening import drawing_flags, drawing_options, open_run
 
 LOSS_IMAGES = 2000  # real images whose loss is measured, LOSS_DRAWS times each
 LOSS_DRAWS = 4
@@ -76,11 +74,7 @@ def build_parser() -> FlagParser:
     real.add("--inception-weights", help="torch-fidelity's file; default: download")
     real.add("--cache", default="results/references", help="classifiers, reference statistics")
 
-    model = parser.group("Model")
-    model.add("--rf", default=None, **flag, help="objective of a published file; ours tell")
-    model.add("--ema", default=True, **flag, help="averaged weights")
-    model.add("--dtype", choices=list(process.DTYPES), help="of the weights; default: by hardware")
-    model.add("--quantize", choices=["int8"], help="weights of the experts (needs torchao)")
+    drawing_flags(parser, offload=False)
     sampling_flags(parser, batch_size=100)
     return parser
 
@@ -99,30 +93,15 @@ class Sampler:
             FileNotFoundError: there is no such checkpoint.
         """
         self.args, self.run = args, run
-        self.settings = load_settings(args.ckpt)
-        dtype = process.pick_dtype(args.dtype, run.device)
-        self.model: DiT = load_for_sampling(
-            args.ckpt, ema=args.ema, dtype=dtype, device=run.device, quantize=args.quantize
-        )
-        config = self.model.config
-        objective = find_objective(self.settings, config, args.rf)
-        self.vae: VAE | Pixels = load_vae(
-            args.vae_path or self.settings.get("vae_path") or "stabilityai/sd-vae-ft-ema",
-            device=run.device,
-            model_channels=config.in_channels,
-        )
+        opened = open_run(args.ckpt, device=run.device, **drawing_options(args))
+        self.path, self.settings = opened.path, opened.settings
+        self.model, self.diffusion, self.vae = opened.model, opened.diffusion, opened.vae
         self.vae_identity = vae_identity(self.vae)
-        self.diffusion: Diffusion = create_diffusion(
-            objective, learn_sigma=config.learn_sigma, x0_range=self.vae.x0_range
-        )
         args.sampler = args.sampler or self.diffusion.default_sampler
         steps = self.diffusion.default_num_steps.get(args.sampler)
         args.num_sampling_steps = args.num_sampling_steps or steps
-        self.image_size = config.input_size * self.vae.downsample
-        if args.image_size not in (None, self.image_size):
-            raise ValueError(f"--image-size {args.image_size}: {args.ckpt} has {self.image_size}")
-        args.image_size = self.image_size
-        self.labels = torch.arange(args.num_samples) % config.num_classes
+        args.image_size = self.image_size = opened.image_size
+        self.labels = torch.arange(args.num_samples) % opened.config.num_classes
 
     def identity(self, seed: int) -> dict[str, Any]:
         """Return all that decides the samples of a seed."""
@@ -132,7 +111,7 @@ class Sampler:
         )
         chosen = {name: getattr(self.args, name) for name in names}
         return {
-            "checkpoint": checkpoint_hash(self.args.ckpt),
+            "checkpoint": checkpoint_hash(self.path),
             "vae": self.vae_identity,
             "seed": seed,
             "dtype": str(self.model.dtype),

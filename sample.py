@@ -1,6 +1,7 @@
 """Draw a grid of images from a checkpoint.
 
     python sample.py --ckpt results/DiT-Ti-1-rf-digits
+    python sample.py --ckpt results/DiT-Ti-1-rf-digits --labels 3 7 --num-per-class 20 --out 37.png
     python sample.py --model DiT-XL/2 --ckpt dit_moe_xl_8E2A.pt --vae-path V --cfg-scale 1.5
     python sample.py --ckpt G-16E2A --vae-path V --quantize int8  # or --offload disk
 
@@ -9,147 +10,190 @@ flags do.
 """
 
 import argparse
-import sys
+import math
+import zlib
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from common import process
-from common.flags import FlagParser, flag, number, sampling_flags, sampling_options
-from common.pictures import save_grid
-from data import load_vae
-from diffusion import create_diffusion
-from models import DiT_models, DiTConfig
-from offload import load_for_sampling
-from weights import find_objective, load_settings
+from common.errors import UserError, one_line_errors
+from common.flags import FlagParser, number, sampling_flags, sampling_options
+from common.labels import label_numbers
+from common.pictures import FORMATS, check_picture_path, save_grid
+from sampling.opening import DrawingRun, drawing_flags, drawing_options, open_run
 
 IMAGENET_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]  # DiT's own picture
+NUM_IMAGES = 40  # about, by default
+BYTES_PER_VALUE = 16  # of a picture on its way from the autoencoder to the file
 
 
 def build_parser() -> FlagParser:
     """Return the parser of this script's flags."""
     parser = FlagParser(__doc__)
     data = parser.group("Data")
-    data.add("--ckpt", required=True, help="checkpoint, run folder or published weights")
-    data.add("--out", default="samples/sample.png", help="PNG to write")
-    data.add("--vae-path", help="folder or hub id; default: the checkpoint's")
-    data.add("--image-size", type=number(int, 1), help="pixels; checked against the checkpoint")
-    data.add("--labels", nargs="+", help="class numbers or names; default: all, or 8 of ImageNet")
-    data.add("--num-per-class", type=number(int, 1), help="images of each label; default by count")
-
-    model = parser.group("Model")
-    model.add("--model", choices=list(DiT_models), help="checked against the checkpoint")
-    model.add("--num-classes", type=number(int, 1), help="checked against the checkpoint")
-    model.add("--num-experts", type=number(int, 0), help="checked against the checkpoint")
-    model.add("--num-experts-per-tok", type=number(int, 1), help="K of a published file; ours tell")
-    model.add("--rf", default=None, **flag, help="objective of a published file; ours tell")
-    model.add("--ema", default=True, **flag, help="averaged weights")
-    model.add("--dtype", choices=list(process.DTYPES), help="of the weights; default: by hardware")
-    model.add("--quantize", choices=["int8"], help="weights of the experts (needs torchao)")
-    model.add("--offload", choices=["cpu", "disk"], help="where blocks wait for their turn")
-
+    data.add("--ckpt", required=True, help="Checkpoint, run folder (its latest) or published file.")
+    data.add(
+        "--out",
+        metavar="FILE",
+        help=f"Picture to write, {', '.join(FORMATS)}. Default: samples/ in the run's folder, "
+        "named by checkpoint and flags.",
+    )
+    data.add("--vae-path", help="Folder or hub id of the autoencoder. Default: the checkpoint's.")
+    data.add(
+        "--image-size", type=number(int, 1), metavar="PIXELS", help="Checked with the checkpoint."
+    )
+    data.add(
+        "--labels",
+        nargs="+",
+        metavar="CLASS",
+        help="Numbers or names of the classes to draw. Default: the first 10, or 8 of ImageNet.",
+    )
+    data.add(
+        "--num-per-class",
+        type=number(int, 1),
+        metavar="N",
+        help=f"Images of each class. Default: about {NUM_IMAGES} in all.",
+    )
+    drawing_flags(parser)
     sampling_flags(parser)
     return parser
 
 
-def parse_labels(args: argparse.Namespace, config: DiTConfig, class_names: list[str]) -> list[int]:
-    """Turn `--labels` into class numbers.
+# ------------------------------------------------------------------------------ what to draw
+
+
+def choose_labels(args: argparse.Namespace, run: DrawingRun) -> list[int]:
+    """Return the classes to draw, one a column.
 
     Raises:
-        ValueError: for a label that is neither a known name nor in range.
+        UserError: a label is neither a known name nor in range.
     """
-    if args.labels is None:
-        many = config.num_classes > max(IMAGENET_LABELS)
-        return IMAGENET_LABELS if many else list(range(min(config.num_classes, 10)))
-    labels = []
-    for text in args.labels:
-        label = class_names.index(text) if text in class_names else None
-        label = int(text) if label is None and text.isdigit() else label
-        if label is None or label >= config.num_classes:
-            raise ValueError(
-                f"--labels {text}: expected a number in [0, {config.num_classes - 1}]"
-                + (f" or one of {', '.join(class_names[:20])}" if class_names else "")
-            )
-        labels.append(label)
-    return labels
+    num_classes = run.config.num_classes
+    if args.labels is not None:
+        return label_numbers(args.labels, num_classes, run.class_names)
+    return IMAGENET_LABELS if num_classes > max(IMAGENET_LABELS) else [*range(num_classes)][:10]
 
 
-def check_flags(args: argparse.Namespace, config: DiTConfig, image_size: int) -> None:
-    """Compare flags that describe the model with what the checkpoint holds.
+def columns_per_class(num_labels: int, per_class: int) -> int:
+    """Return how many columns each class takes, so that the grid is as square as it can be."""
+    low = max(1, math.isqrt(per_class // num_labels))
+
+    def longer_than_wide(width: int) -> int:
+        return abs(math.ceil(per_class / width) - width * num_labels)
+
+    return min((low, low + 1), key=longer_than_wide)
+
+
+def plan_grid(args: argparse.Namespace, run: DrawingRun, num_labels: int) -> tuple[int, int]:
+    """Return the number of images of each class, and of the columns that they fill.
 
     Raises:
-        ValueError: naming the first flag that contradicts it.
+        UserError: so many images fit no memory.
     """
-    expected = {
-        "num_classes": config.num_classes,
-        "num_experts": config.num_experts,
-        "num_experts_per_tok": config.num_experts_per_tok,
-        "image_size": image_size,
-    }
-    if args.model:
-        with torch.device("meta"):
-            built = DiT_models[args.model]().config
-        for name in ("hidden_size", "depth", "patch_size"):
-            if getattr(built, name) != getattr(config, name):
-                raise ValueError(
-                    f"--model {args.model} has {name} {getattr(built, name)}, "
-                    f"{args.ckpt} has {getattr(config, name)}"
-                )
-    for name, value in expected.items():
-        given = getattr(args, name)
-        if given is not None and given != value:
-            raise ValueError(f"--{name.replace('_', '-')} {given}: {args.ckpt} has {value}")
+    per_class = args.num_per_class or max(NUM_IMAGES // num_labels, 1)
+    values = num_labels * per_class * 3 * run.image_size**2
+    process.check_memory(values * BYTES_PER_VALUE, f"--num-per-class {per_class}")
+    width = columns_per_class(num_labels, per_class)
+    if args.num_per_class is None:  # no gaps in the last row
+        per_class -= per_class % width
+    return per_class, width
+
+
+def default_out(args: argparse.Namespace, path: Path) -> Path:
+    """Name the picture by all that decides it, beside its checkpoint.
+
+    Args:
+        args: of the script.
+        path: of the checkpoint.
+    """
+    in_a_run = path.parent.name == "checkpoints"
+    folder = (path.parents[1] if in_a_run else path.parent) / "samples"
+    name = path.stem if path.suffix in (".pt", ".safetensors") else path.name
+    parts = [name] if args.ema else [name, "trained"]
+    if args.labels is not None:
+        labels = "-".join("".join(c if c.isalnum() else "_" for c in text) for text in args.labels)
+        whole = f"{zlib.crc32(' '.join(args.labels).encode()):08x}"
+        parts.append(labels if len(labels) <= 40 else f"{labels[:31]}-{whole}")
+    parts += [f"{args.num_per_class}each"] if args.num_per_class else []
+    parts += [args.sampler] if args.sampler else []
+    parts += [f"{args.num_sampling_steps}steps"] if args.num_sampling_steps else []
+    low, high = args.cfg_interval
+    parts += [f"cfg{args.cfg_scale:g}"] + ([f"t{low:g}-{high:g}"] if (low, high) != (0, 1) else [])
+    parts += [f"{args.cfg_channels}channels"] if args.cfg_channels else []
+    parts += [choice for choice in (args.dtype, args.quantize) if choice]
+    return folder / f"{'-'.join(parts)}-seed{args.seed}.png"
+
+
+# ------------------------------------------------------------------------------ drawing it
+
+
+def draw(run: DrawingRun, y: Tensor, args: argparse.Namespace, device: torch.device) -> Tensor:
+    """Draw an image for each of the labels (N,); returns (N, C, S, S) in [-1, 1] on the CPU."""
+    config = run.config
+    generator = torch.Generator().manual_seed(args.seed)
+    shape = (len(y), config.in_channels, config.input_size, config.input_size)
+    noise = torch.randn(shape, generator=generator)
+    images = []
+    for start in range(0, len(y), args.batch_size):
+        part = slice(start, start + args.batch_size)
+        latents = run.diffusion.sample(
+            run.model,
+            noise[part].to(device),
+            y[part].to(device),
+            **sampling_options(args),
+            null_label=config.null_label,
+            generator=generator,
+            progress=True,
+        )
+        images.append(run.vae.decode(latents).cpu())
+    return torch.cat(images)
+
+
+def arrange(images: Tensor, num_labels: int, width: int) -> Tensor:
+    """Bring images whose classes take turns to rows in which each class has `width` columns.
+
+    Args:
+        images: (n L, C, S, S), image i of class i % L.
+        num_labels: L.
+        width: of each class.
+
+    Returns:
+        (R L width, C, S, S), with black images in the gaps of the last row.
+    """
+    rows = math.ceil(len(images) / num_labels / width)
+    gaps = rows * width * num_labels - len(images)
+    images = torch.cat([images, images.new_full((gaps, *images.shape[1:]), -1.0)])
+    by_row = images.unflatten(0, (rows, width, num_labels))
+    return by_row.transpose(1, 2).flatten(0, 2)  # (rows, L, width, ...)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Sample and write the picture."""
-    device = process.pick_device()
-    # A model that fills the memory must not keep what its loading freed.
+    """Draw the images and write the picture."""
+    if args.out:
+        check_picture_path(args.out)
+    rt = process.setup()
+    if rt.world_size > 1:
+        raise UserError("sample.py draws in one process: start it without torchrun")
+    # a model that fills the memory must not keep what its loading freed
     process.keep_freed_memory(args.quantize is None and args.offload is None)
-    try:
-        settings = load_settings(args.ckpt)
-        model = load_for_sampling(
-            args.ckpt,
-            ema=args.ema,
-            dtype=process.pick_dtype(args.dtype, device),
-            device=device,
-            quantize=args.quantize,
-            offload=args.offload,
-            known={"num_experts_per_tok": experts} if (experts := args.num_experts_per_tok) else {},
-        )
-        config = model.config
-        objective = find_objective(settings, config, args.rf)
-        vae_path = args.vae_path or settings.get("vae_path") or "stabilityai/sd-vae-ft-ema"
-        vae = load_vae(vae_path, device=device, model_channels=config.in_channels)
-        diffusion = create_diffusion(
-            objective, learn_sigma=config.learn_sigma, x0_range=vae.x0_range
-        )
-        check_flags(args, config, config.input_size * vae.downsample)
-        labels = parse_labels(args, config, settings.get("class_names", []))
-        per_class = args.num_per_class or max(40 // len(labels), 1)
-        y = torch.tensor(labels).repeat(per_class)
-        shape = (len(y), config.in_channels, config.input_size, config.input_size)
-        generator = torch.Generator().manual_seed(args.seed)
-        noise = torch.randn(shape, generator=generator)
-        images = []
-        for start in range(0, len(y), args.batch_size):
-            part = slice(start, start + args.batch_size)
-            latents = diffusion.sample(
-                model,
-                noise[part].to(device),
-                y[part].to(device),
-                **sampling_options(args),
-                null_label=config.null_label,
-                generator=generator,
-                progress=True,
-            )
-            images.append(vae.decode(latents).cpu())
-        save_grid(torch.cat(images), Path(args.out), columns=len(labels))
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"sample.py: error: {error}")
-    dtype = str(model.dtype).removeprefix("torch.")
-    print(f"{len(y)} images, one class a column, {diffusion.objective}, {dtype}: {args.out}")
+    run = open_run(args.ckpt, device=rt.device, **drawing_options(args))
+    out = check_picture_path(args.out or default_out(args, run.path))
+    labels = choose_labels(args, run)
+    per_class, width = plan_grid(args, run, len(labels))
+    images = draw(run, torch.tensor(labels).repeat(per_class), args, rt.device)
+    names = []
+    for label in labels:
+        known = label < len(run.class_names)
+        names += [run.class_names[label] if known else str(label), *[""] * (width - 1)]
+    grid = arrange(images, len(labels), width)
+    save_grid(grid, out, columns=width * len(labels), column_names=names)
+    columns = "one class a column" if width == 1 else f"each class in {width} columns"
+    dtype = str(run.model.dtype).removeprefix("torch.")
+    print(f"{len(images)} images, {columns}, {run.diffusion.objective}, {dtype}: {out}")
 
 
 if __name__ == "__main__":
-    main(build_parser().parse_args())
+    with one_line_errors():
+        main(build_parser().parse_args())

@@ -1,6 +1,7 @@
 """Images as one picture for people: a grid with names above its columns."""
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,8 +35,8 @@ def check_picture_path(path: str | Path) -> Path:
     """Return `path`, to which a picture may be written.
 
     Raises:
-        FileError: its ending is of no format that is written here, or it holds something else
-            than a picture, which stays.
+        FileError: its ending is of no format that is written here, it cannot be written, or it
+            holds something else than a picture, which stays.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -44,6 +45,9 @@ def check_picture_path(path: str | Path) -> Path:
         raise FileError(f"{path}: a picture's name ends in one of {', '.join(FORMATS)}")
     if path.exists() and not path.is_file():
         raise FileError(f"{path} is no file; give another name")
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise FileError(f"{path}: {folder} is no folder that this user may write to")
     if path.exists() and path.stat().st_size > 0:
         try:
             with Image.open(path):

@@ -18,7 +18,7 @@ from diffusion import create_diffusion
 from hub import save_folder
 from layouts import by_block, to_published
 from models import DiT, DiTConfig
-from offload import Int8Experts, load_for_sampling
+from sampling.offload import Int8Experts, load_for_sampling
 from weights import load_model
 
 TINY = DiTConfig(

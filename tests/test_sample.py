@@ -1,5 +1,7 @@
 """A checkpoint becomes a picture: ours and published, by seed, label and sampler."""
 
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -7,20 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from launch import save_tiny_vae
+from launch import REPO, save_tiny_vae
 from PIL import Image
 from torch import nn
 
 from checkpoint import checkpoint_path, save_checkpoint, save_safetensors
+from common.errors import FileError
+from described import save_description
 from layouts import to_published
 from models import DiT, DiT_models, DiTConfig
-from sample import build_parser, main
+from sample import arrange, build_parser, columns_per_class, default_out, main
 
 CONFIG = DiTConfig(
     input_size=8, in_channels=1, hidden_size=32, depth=2, num_heads=2, num_classes=3, num_experts=4
 )
 SETTINGS = {"objective": "rf", "vae_path": "none", "class_names": ["ant", "bee", "cat"]}
 CELL = 64 + 2  # pixels: small images are enlarged to 64, with a frame of 2 between
+HEAD = 18  # pixels of the names above the columns
 
 
 def random_model(config: DiTConfig) -> DiT:
@@ -59,9 +64,9 @@ def sample(ckpt: Path, out: Path, *flags: str) -> np.ndarray:
 
 
 def assert_refused(message: str, ckpt: Path, out: Path, *flags: str) -> None:
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises((ValueError, OSError), match=message) as caught:
         sample(ckpt, out, *flags)
-    assert not out.exists()
+    assert not out.exists() and "\n" not in str(caught.value)
 
 
 # ------------------------------------------------------------------------------ ours
@@ -71,7 +76,7 @@ def test_a_run_folder_becomes_a_grid_with_one_class_a_column(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture = sample(run, tmp_path / "new" / "grid.png", "--num-per-class", "2")
-    assert picture.shape == (2 * CELL + 2, 3 * CELL + 2, 3)
+    assert picture.shape == (HEAD + 2 * CELL + 2, 3 * CELL + 2, 3)
     assert "6 images, one class a column, rf" in capsys.readouterr().out
 
 
@@ -93,7 +98,7 @@ def test_labels_are_numbers_or_names(run: Path, tmp_path: Path) -> None:
     flags = ("--num-per-class", "1", "--labels")
     by_name = sample(run, tmp_path / "grid.png", *flags, "cat", "ant")
     by_number = sample(run, tmp_path / "grid.png", *flags, "2", "0")
-    assert by_name.shape == (CELL + 2, 2 * CELL + 2, 3)
+    assert by_name.shape == (HEAD + CELL + 2, 2 * CELL + 2, 3)
     assert (by_name == by_number).all()
 
 
@@ -140,6 +145,9 @@ def test_safetensors_of_ours_tell_the_objective_and_the_names(run: Path, tmp_pat
         (["--sampler", "ddim"], "sampler must be one of euler, heun; got 'ddim'"),
         (["--cfg-interval", "0.9", "0.1"], "cfg_interval must be 0 <= low <= high <= 1"),
         (["--vae-path", "nowhere"], "--vae-path nowhere is not a folder"),
+        (["--labels", "bea"], "--labels bea: expected .*; did you mean bee?"),
+        (["--num-per-class", "1000000000"], "--num-per-class 1000000000 needs .* GiB of memory"),
+        (["--quantize", "int8", "--offload", "disk"], "exclude each other"),
     ],
 )
 def test_flags_that_contradict_the_checkpoint_are_refused(
@@ -166,6 +174,90 @@ def test_a_dtype_without_kernels_on_this_cpu_says_what_it_computes_in(
     sample(run, tmp_path / "grid.png", "--num-per-class", "1", "--dtype", dtype)
     expected = f"--dtype {dtype} has no fast kernels on this CPU: computing in fp32"
     assert expected in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------ the picture
+
+
+@pytest.mark.parametrize(
+    ("num_labels", "per_class", "width"),
+    [(1, 40, 6), (1, 1, 1), (1, 2, 1), (1, 9, 3), (2, 20, 3), (3, 13, 2), (8, 5, 1), (10, 4, 1)],
+)
+def test_a_grid_is_as_square_as_it_can_be(num_labels: int, per_class: int, width: int) -> None:
+    assert columns_per_class(num_labels, per_class) == width
+
+    def longer_than_wide(other: int) -> int:
+        return abs(-(-per_class // other) - other * num_labels)
+
+    best = min(map(longer_than_wide, range(1, per_class + 1)))
+    assert longer_than_wide(width) == best
+
+
+def test_each_class_keeps_its_columns_and_gaps_are_black() -> None:
+    images = torch.tensor([0.1, 0.2] * 5).view(10, 1, 1, 1)  # classes take turns
+    grid = arrange(images, num_labels=2, width=2).view(3, 4)
+    expected = torch.tensor([[0.1, 0.1, 0.2, 0.2], [0.1, 0.1, 0.2, 0.2], [0.1, -1, 0.2, -1]])
+    assert torch.equal(grid, expected)
+
+
+def test_one_class_fills_a_square_not_a_strip(run: Path, tmp_path: Path) -> None:
+    picture = sample(run, tmp_path / "grid.png", "--labels", "bee")
+    assert picture.shape == (HEAD + 6 * CELL + 2, 6 * CELL + 2, 3)  # of about 40 images
+    gaps = sample(run, tmp_path / "grid.png", "--labels", "bee", "--num-per-class", "3")
+    assert gaps.shape == (HEAD + 2 * CELL + 2, 2 * CELL + 2, 3)
+    assert gaps[-CELL:, -CELL:].max() == 0 and gaps[-CELL:, :CELL].max() > 0
+
+
+def test_by_default_the_picture_lies_in_its_run_under_a_name_of_its_own(run: Path) -> None:
+    flags = ["--ckpt", str(run), "--dtype", "fp32", "--num-sampling-steps", "1"]
+    others: list[list[str]] = [
+        [], ["--seed", "1"], ["--labels", "ant"], ["--labels", "0"], ["--cfg-scale", "2"],
+        ["--ema", "False"], ["--num-per-class", "2"], ["--sampler", "heun"],
+        ["--labels", *("ant", "bee") * 12], ["--labels", *("bee", "ant") * 12],
+    ]  # fmt: skip
+    for other in others:
+        main(build_parser().parse_args([*flags, *other]))
+    names = sorted(file.name for file in (run / "samples").iterdir())
+    assert len(names) == len(others)
+    assert "0000001-1steps-cfg1.5-fp32-seed0.png" in names
+    assert "0000001-trained-1steps-cfg1.5-fp32-seed0.png" in names
+
+
+def test_the_default_name_holds_nothing_that_leaves_its_folder() -> None:
+    args = build_parser().parse_args(["--ckpt", "x.pt", "--labels", "../../etc/passwd", "a b"])
+    path = default_out(args, Path("models/x.pt"))
+    assert path == Path("models/samples/x-______etc_passwd-a_b-cfg1.5-seed0.png")
+
+
+def test_a_picture_is_never_written_over_a_checkpoint(run: Path, tmp_path: Path) -> None:
+    weights = checkpoint_path(run, 1)
+    before = weights.read_bytes()
+    with pytest.raises(FileError, match=r"a picture's name ends in one of \.png, \.jpg"):
+        sample(run, weights)
+    (tmp_path / "weights.png").write_bytes(before)
+    with pytest.raises(FileError, match=r"weights\.png exists and is no picture"):
+        sample(run, tmp_path / "weights.png")
+    assert weights.read_bytes() == before == (tmp_path / "weights.png").read_bytes()
+
+
+def test_where_nothing_can_be_written_nothing_is_drawn(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sample.open_run", None)  # it is not called
+    (tmp_path / "file").touch()
+    with pytest.raises(FileError, match="file is no folder that this user may write to"):
+        sample(run, tmp_path / "file" / "grid.png")
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(FileError, match="/proc/1 is no folder"):
+        sample(run, Path("/proc/1/grid.png"))
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(run: Path) -> None:
+    command = [sys.executable, "sample.py", "--ckpt", str(run), "--labels", "\x1b[31mdog"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("sample.py: error: --labels \\x1b[31mdog: expected a number in")
+    assert done.stderr.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------ published
@@ -198,8 +290,11 @@ def test_a_published_flow_model_is_sampled_by_the_published_command(
     monkeypatch.chdir(tmp_path)
     command = f"--model DiT-XL/2 --ckpt C --vae-path {vae_folder} --image-size 32 --cfg-scale 1.5"
     main(build_parser().parse_args(command.split()))
-    with Image.open("samples/sample.png") as image:
-        assert image.size == (8 * CELL + 2, 5 * CELL + 2)  # eight ImageNet classes, 40 images
+    with Image.open("samples/C-cfg1.5-seed0.png") as image:
+        assert image.size == (
+            8 * CELL + 2,
+            HEAD + 5 * CELL + 2,
+        )  # eight classes, 40 images
     assert "40 images, one class a column, rf" in capsys.readouterr().out
 
 
@@ -210,7 +305,7 @@ def test_a_published_ddpm_model_is_sampled_and_rf_can_be_asked_for(
     published_file(tmp_path / "s.pt", flash_attention=False, hidden_size=384, num_heads=6)
     flags = ("--vae-path", str(vae_folder), "--labels", "207", "360", "--num-per-class", "1")
     by_default = sample(tmp_path / "s.pt", tmp_path / "grid.png", *flags)
-    assert by_default.shape == (CELL + 2, 2 * CELL + 2, 3)
+    assert by_default.shape == (HEAD + CELL + 2, 2 * CELL + 2, 3)
     few_steps = sample(tmp_path / "s.pt", tmp_path / "grid.png", *flags, "--sampler", "dpm++")
     flow = sample(tmp_path / "s.pt", tmp_path / "grid.png", *flags, "--rf", "True")
     assert (by_default != few_steps).any() and (by_default != flow).any()
@@ -221,3 +316,24 @@ def test_a_published_ddpm_model_is_sampled_and_rf_can_be_asked_for(
 def test_a_vae_of_other_channels_is_refused(run: Path, vae_folder: Path, tmp_path: Path) -> None:
     message = "--vae-path .* makes 4 latent channels, .* has 1"
     assert_refused(message, run, tmp_path / "grid.png", "--vae-path", str(vae_folder))
+
+
+def test_the_name_of_the_size_is_enough_for_a_published_file_of_any_width(
+    vae_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Width 32 without QK norm: neither shapes nor a published width tell the heads."""
+    size = {"hidden_size": 32, "num_heads": 2, "num_experts_per_tok": 1}
+    config = published_file(tmp_path / "s.pt", flash_attention=False, **size)
+    flags = ("--vae-path", str(vae_folder), "--labels", "207", "--num-per-class", "1")
+    assert_refused("num_heads can't be told .*give --model", tmp_path / "s.pt", tmp_path / "a.png")
+    monkeypatch.setitem(DiT_models, "DiT-Ti/2", partial(DiT, config))
+    by_flags = sample(
+        tmp_path / "s.pt", tmp_path / "b.png", *flags, "--model", "DiT-Ti/2",
+        "--num-experts-per-tok", "1",
+    )  # fmt: skip
+    save_description(tmp_path / "s.pt", config, {"objective": "ddpm"})
+    assert (sample(tmp_path / "s.pt", tmp_path / "c.png", *flags) == by_flags).all()
+    wrong = ("--model", "DiT-S/2")
+    assert_refused(
+        "--model DiT-S/2 has hidden_size 384", tmp_path / "s.pt", tmp_path / "d.png", *wrong
+    )

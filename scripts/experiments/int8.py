@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from diffusion import create_diffusion
-from offload import load_for_sampling
+from sampling.offload import load_for_sampling
 from weights import find_objective, load_settings
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)

@@ -1,9 +1,12 @@
 """Models larger than the memory: experts in int8, or blocks that come when it is their turn.
 
-In this order: `load_for_sampling`, which chooses, `Int8Experts`, and `BlockStream`. All read the
-weights a block at a time, whatever their layout (see `layouts.by_block`).
+In this order: `load_for_sampling` and what it is made of, `check_options` and `build_for_sampling`,
+which choose; `Int8Experts`; and `BlockStream`. All read the weights a block at a time, whatever
+their layout (see `weights.read_blocks`).
 """
 
+import importlib.util
+import itertools
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -14,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layouts import by_block
+from common.errors import UserError
 from models import DiT
 from moe_ops import sort_by_expert, sum_rows
-from weights import Weights, add_pos_embed, load_model, open_weights, place
+from weights import Weights, build_model, empty_model, open_weights, place, read_blocks
 
 Block = tuple[int, dict[str, Tensor]]  # its number, and its tensors without `blocks.i.`
 
@@ -30,31 +33,65 @@ def load_for_sampling(
     device: str | torch.device = "cpu",
     quantize: str | None = None,
     offload: str | None = None,
-    known: Mapping[str, Any] | None = None,
 ) -> DiT:
     """Load a model that is never trained, in eval mode.
 
     Args:
-        path, ema, dtype, device, known: as in `load_model`.
+        path, ema: as in `load_model`.
+        dtype, device, quantize, offload: as in `build_for_sampling`.
+
+    Raises:
+        UserError: as `load_model`, or for options that do not fit the model or the machine.
+    """
+    weights = open_weights(path, ema=ema)
+    check_options(weights, device, quantize=quantize, offload=offload)
+    return build_for_sampling(
+        weights, dtype=dtype, device=device, quantize=quantize, offload=offload
+    )
+
+
+def check_options(
+    weights: Weights, device: str | torch.device, *, quantize: str | None, offload: str | None
+) -> None:
+    """Refuse options of `build_for_sampling` that do not fit the model or the machine.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    if quantize and offload:
+        raise UserError(f"--quantize {quantize} and --offload {offload} exclude each other")
+    if offload == "cpu" and torch.device(device).type == "cpu":
+        raise UserError("--offload cpu needs a GPU: here weights are on the CPU anyway; use disk")
+    if quantize and weights.config.num_experts == 0:
+        raise UserError(f"--quantize {quantize} is for experts, {weights.path} is a dense model")
+    if quantize and importlib.util.find_spec("torchao") is None:
+        raise UserError(f"--quantize {quantize} needs torchao: pip install torchao")
+
+
+def build_for_sampling(
+    weights: Weights,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    quantize: str | None = None,
+    offload: str | None = None,
+) -> DiT:
+    """Return the model of open weights, never to be trained, in eval mode.
+
+    Args:
+        weights: of any layout.
+        dtype, device: as in `load_model`.
         quantize: "int8" stores the experts' weights so, one scale per output row, and the rest
             in `dtype`; arithmetic stays in `dtype`.
         offload: "cpu" keeps the blocks in memory and brings each to the GPU for its forward,
             "disk" leaves them in the file.
 
     Raises:
-        ValueError: as `load_model`, or for options that do not fit the model or the machine.
+        FileError: weights are missing, damaged, or don't fit the config.
     """
     if quantize is None and offload is None:
-        return load_model(path, ema=ema, dtype=dtype, device=device, known=known)
-    if quantize and offload:
-        raise ValueError(f"--quantize {quantize} and --offload {offload} exclude each other")
-    if offload == "cpu" and torch.device(device).type == "cpu":
-        raise ValueError("--offload cpu needs a GPU: here weights are on the CPU anyway; use disk")
-    weights = open_weights(path, ema=ema, known=known)
-    if quantize and weights.config.num_experts == 0:
-        raise ValueError(f"--quantize {quantize} is for experts, and {path} is a dense model")
-    with torch.device("meta"):
-        model = DiT(weights.config).eval().requires_grad_(False)
+        return build_model(weights, dtype=dtype, device=device)
+    model = empty_model(weights.config).requires_grad_(False)
     _load_outside(model, weights, dtype, device)
     if offload:
         BlockStream(model, _endless(weights, offload, dtype, device), device)
@@ -71,18 +108,14 @@ def _load_outside(
     model: DiT, weights: Weights, dtype: torch.dtype | None, device: str | torch.device
 ) -> None:
     """Load what is in no block."""
-    _, tensors = next(by_block(weights.state))
-    add_pos_embed(tensors, weights.config)
+    _, tensors = next(read_blocks(weights))
     placed = {name: place(name, t, device, dtype, copy=True) for name, t in tensors.items()}
-    unexpected = model.load_state_dict(placed, strict=False, assign=True).unexpected_keys
-    absent = [n for n, p in model.named_parameters() if p.is_meta and not n.startswith("blocks.")]
-    if unexpected or absent:
-        raise ValueError(f"weights of another model: unknown {unexpected}, missing {absent}")
+    model.load_state_dict(placed, strict=False, assign=True)
 
 
-def _blocks(weights: Weights) -> Iterator[Block]:
+def _blocks(weights: Weights, check_values: bool = True) -> Iterator[Block]:
     """Yield the blocks in order; their tensors are mapped from the file."""
-    for index, tensors in by_block(weights.state):
+    for index, tensors in read_blocks(weights, check_values=check_values):
         if index is not None:
             yield index, _strip(tensors, index)
 
@@ -101,16 +134,10 @@ class Int8Experts(nn.Module):
     """
 
     def __init__(self, experts: nn.Module) -> None:
-        """Quantize `Experts` or `GeluExperts`, on their device.
-
-        Raises:
-            ValueError: torchao is not installed.
-        """
+        """Quantize `Experts` or `GeluExperts`, on their device; needs torchao."""
         super().__init__()
-        try:
-            from torchao.quantization import Int8WeightOnlyConfig, quantize_
-        except ImportError:
-            raise ValueError("--quantize int8 needs torchao: pip install torchao") from None
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
         weights = dict(experts.named_parameters())
         self.is_gelu = "up_bias" in weights
         up = weights["up_proj" if self.is_gelu else "gate_up_proj"]
@@ -214,7 +241,7 @@ def _endless(
         for index, tensors in _blocks(weights):
             pinned = {n: place(n, t, "cpu", dtype).pin_memory() for n, t in tensors.items()}
             waiting.append((index, pinned))
-    while True:
-        for index, tensors in waiting or _blocks(weights):
+    for turn in itertools.count():
+        for index, tensors in waiting or _blocks(weights, check_values=turn == 0):
             placed = {n: place(n, t, device, dtype, copy=True) for n, t in tensors.items()}
             yield index, placed

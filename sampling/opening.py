@@ -1,0 +1,173 @@
+"""A checkpoint made ready to draw, the same way by every script that draws.
+
+In this order: the flags (`drawing_flags`, `drawing_options`), then `DrawingRun` and `open_run`.
+"""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from common import process
+from common.errors import UserError
+from common.flags import FlagGroup, FlagParser, flag, number
+from data import VAE, Pixels, load_vae
+from diffusion import Diffusion, create_diffusion
+from layouts import known_fields
+from models import DiT, DiT_models, DiTConfig
+from sampling.offload import build_for_sampling, check_options
+from weights import find_objective, open_weights
+
+DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"  # of published files, which name none
+TOLD = ("model", "num_classes", "num_experts", "num_experts_per_tok", "image_size")
+
+
+def drawing_flags(parser: FlagParser, *, quantize: bool = True, offload: bool = True) -> FlagGroup:
+    """Add the group of flags that `drawing_options` reads.
+
+    Args:
+        parser: of the script.
+        quantize: whether it has `--quantize`.
+        offload: whether it has `--offload`.
+    """
+    group = parser.group("Model")
+    group.add(
+        "--model",
+        choices=list(DiT_models),
+        metavar="DiT-SIZE/PATCH",
+        help="Size of a published file, which does not tell all of it; of ours it is checked.",
+    )
+    group.add(
+        "--num-experts-per-tok",
+        type=number(int, 1),
+        metavar="K",
+        help="Likewise: experts per token. Default for a published file: 2.",
+    )
+    group.add("--num-experts", type=number(int, 0), metavar="E", help="Experts; checked.")
+    group.add("--num-classes", type=number(int, 1), metavar="N", help="Classes; checked.")
+    group.add("--rf", default=None, **flag, help="Objective of a published file; ours tell.")
+    group.add("--ema", default=True, **flag, help="Take the averaged weights.")
+    group.add(
+        "--dtype",
+        choices=list(process.DTYPES),
+        help="Type of the weights and of the arithmetic. Default: bf16 where it is fast.",
+    )
+    if quantize:
+        group.add(
+            "--quantize",
+            choices=["int8"],
+            help="Keep the experts' weights in a quarter of the memory; needs torchao.",
+        )
+    if offload:
+        group.add(
+            "--offload",
+            choices=["cpu", "disk"],
+            help="Where the blocks of a model that fits no GPU wait for their turn.",
+        )
+    return group
+
+
+def drawing_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `open_run` that flags say."""
+    names = ("ema", "rf", "dtype", "quantize", "offload", "vae_path")
+    told = {name: getattr(args, name, None) for name in TOLD}
+    return {name: getattr(args, name) for name in names if hasattr(args, name)} | {"told": told}
+
+
+class DrawingRun(NamedTuple):
+    """A checkpoint that is ready to draw."""
+
+    path: Path  # what was opened: of a run folder, its latest checkpoint
+    model: DiT  # in eval mode
+    diffusion: Diffusion
+    vae: VAE | Pixels
+    vae_path: str
+    settings: Mapping[str, Any]  # {} for published files
+
+    @property
+    def config(self) -> DiTConfig:
+        """Return that of the model."""
+        return self.model.config
+
+    @property
+    def class_names(self) -> list[str]:
+        """Return the names of the classes, [] if the checkpoint has none."""
+        return self.settings.get("class_names") or []
+
+    @property
+    def image_size(self) -> int:
+        """Return the side of the images, in pixels."""
+        return self.config.input_size * self.vae.downsample
+
+
+def open_run(
+    path: str | Path,
+    *,
+    device: torch.device,
+    dtype: str | None = None,
+    ema: bool = True,
+    rf: bool | None = None,
+    vae_path: str | None = None,
+    quantize: str | None = None,
+    offload: str | None = None,
+    told: Mapping[str, Any] | None = None,
+) -> DrawingRun:
+    """Open a checkpoint for drawing; what does not fit is refused before weights are read.
+
+    Args:
+        path: as in `load_model`.
+        device: of the computation.
+        dtype: name in `process.DTYPES`; None: by the hardware.
+        ema: as in `load_model`.
+        rf: objective of a file that does not tell it.
+        vae_path: as in `load_vae`; None: that of the checkpoint.
+        quantize: as in `build_for_sampling`.
+        offload: likewise.
+        told: what flags say of the checkpoint, of `TOLD`; a file without a config needs some of
+            it, any other is compared with it. None says nothing.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        UserError: the checkpoint cannot be read, or a flag contradicts it.
+    """
+    told = {name: value for name, value in (told or {}).items() if value is not None}
+    known = known_fields(told.get("model"), num_experts_per_tok=told.get("num_experts_per_tok"))
+    weights = open_weights(path, ema=ema, known=known)
+    config, settings = weights.config, weights.settings
+    _compare(path, told, config)
+    check_options(weights, device, quantize=quantize, offload=offload)
+    objective = find_objective(settings, config, rf)
+    vae_path = vae_path or settings.get("vae_path") or DEFAULT_VAE
+    vae = load_vae(vae_path, device=device, model_channels=config.in_channels)
+    if told.get("image_size") not in (None, size := config.input_size * vae.downsample):
+        raise UserError(f"--image-size {told['image_size']}: {path} has {size}")
+    model = build_for_sampling(
+        weights,
+        dtype=process.pick_dtype(dtype, device),
+        device=device,
+        quantize=quantize,
+        offload=offload,
+    )
+    diffusion = create_diffusion(objective, learn_sigma=config.learn_sigma, x0_range=vae.x0_range)
+    return DrawingRun(weights.path, model, diffusion, vae, str(vae_path), settings)
+
+
+def _compare(path: str | Path, told: Mapping[str, Any], config: DiTConfig) -> None:
+    """Compare what flags say with the config of a checkpoint.
+
+    Raises:
+        UserError: naming the first flag that contradicts it.
+    """
+    if name := told.get("model"):
+        with torch.device("meta"):
+            size = DiT_models[name]().config
+        for field in ("hidden_size", "depth", "patch_size"):
+            ours, theirs = getattr(size, field), getattr(config, field)
+            if ours != theirs:
+                raise UserError(f"--model {name} has {field} {ours}, {path} has {theirs}")
+    for name in ("num_classes", "num_experts", "num_experts_per_tok"):
+        if told.get(name) not in (None, getattr(config, name)):
+            flag_name = name.replace("_", "-")
+            raise UserError(f"--{flag_name} {told[name]}: {path} has {getattr(config, name)}")
