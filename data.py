@@ -11,20 +11,27 @@ import contextlib
 import gzip
 import itertools
 import json
+import logging
+import math
 import os
 import re
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from common.errors import FileError, UserError
+from common.network import why_unreachable
+from image_files import UnreadableImageError, list_classes, read_square
+from latent_index import cache_index
 
 Key = tuple[int, bool]  # (index in the dataset, mirror it left to right?)
 
@@ -38,8 +45,8 @@ ACCEPTED_DATA = (
     "It accepts 'digits', 'fashion-mnist', a folder with one subfolder of images per class, or "
     "what encode_latents.py made of one"
 )
-LATENT_CACHE = "dit-moe latents"  # format named in the index.json of latent_cache.py
 DIGITS_NUM_TEST = 300
+MAX_BROKEN_IN_A_ROW = 1000  # more, and it is not single files that are broken
 DECODE_CHUNK_PIXELS = 16 * 32 * 32  # latent pixels decoded at once: 16 images of 256 px
 
 
@@ -65,15 +72,16 @@ class ImageDataset(Dataset):
             flip: whether training mirrors half of the images.
 
         Raises:
-            ValueError: a label is out of range.
+            UserError: there are no images, or a label is out of range.
         """
         self.labels, self.class_names = labels, class_names
         self.channels, self.image_size, self.flip = channels, image_size, flip
+        self.broken: dict[int, str] = {}  # images met that can't be read, and why
+        if len(labels) == 0:
+            raise UserError("--data-path: there are no images in it that can be read")
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= self.num_classes:
-            raise ValueError(
-                f"labels must be in [0, {self.num_classes - 1}], found {low} to {high}"
-            )
+            raise UserError(f"labels must be in [0, {self.num_classes - 1}], found {low} to {high}")
 
     @property
     def num_classes(self) -> int:
@@ -125,7 +133,14 @@ class TensorImages(ImageDataset):
 class FolderImages(ImageDataset):
     """A folder with one subfolder of image files per class, centre-cropped, RGB."""
 
-    def __init__(self, root: Path, image_size: int, flip: bool, unreadable: Sequence[int] = ()):
+    def __init__(
+        self,
+        root: Path,
+        image_size: int,
+        flip: bool,
+        unreadable: Sequence[int] = (),
+        skip_broken: bool = False,
+    ):
         """List the files; classes are the subfolders in alphabetical order.
 
         Args:
@@ -133,49 +148,61 @@ class FolderImages(ImageDataset):
             image_size: S, pixels.
             flip: whether training mirrors half of the images.
             unreadable: numbers of files to leave out.
+            skip_broken: the next image that can be read stands in for a broken one.
 
         Raises:
-            ValueError: not a folder of class folders with images.
+            UserError: not a folder of class folders with images.
         """
-        from torchvision.datasets import ImageFolder
-
         try:
-            folder = ImageFolder(str(root))
-        except FileNotFoundError as error:
-            raise ValueError(f"--data-path {root}: {error}. {ACCEPTED_DATA}") from error
+            class_names, found = list_classes(root)
+        except UserError as error:
+            raise UserError(f"--data-path {error}. {ACCEPTED_DATA}") from error
         left_out = set(unreadable)
-        samples = [item for i, item in enumerate(folder.samples) if i not in left_out]
-        self.paths = [path for path, _ in samples]
+        samples = [item for i, item in enumerate(found) if i not in left_out]
+        self.paths, self.skip_broken = [path for path, _ in samples], skip_broken
         labels = torch.tensor([label for _, label in samples])
-        super().__init__(labels, folder.classes, 3, image_size, flip)
+        super().__init__(labels, class_names, 3, image_size, flip)
 
     def pixels(self, indices: Tensor) -> Tensor:
-        """Return the (N, 3, S, S) uint8 pixels of N files."""
-        return torch.stack([self._read(self.paths[index]) for index in indices.tolist()])
+        """Return the (N, 3, S, S) uint8 pixels of N files.
 
-    def _read(self, path: str) -> Tensor:
+        Raises:
+            UnreadableImageError: one is broken; it is now in `broken`.
+            FileError: one can't be opened.
+        """
+        return torch.stack([self._read(index) for index in indices.tolist()])
+
+    def _read(self, index: int) -> Tensor:
         try:
-            with Image.open(path) as image:
-                array = np.array(center_crop(image.convert("RGB"), self.image_size))
-        except Exception as error:  # PIL raises many types for a broken file
-            raise ValueError(f"cannot read the image file {path}: {error}") from error
+            array = read_square(self.paths[index], self.image_size)
+        except UnreadableImageError as error:
+            self.broken[index] = str(error)
+            raise
         return torch.from_numpy(array).permute(2, 0, 1)  # (3, S, S)
 
+    def __getitems__(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor]:
+        """Return a batch as any data set does, with stand-ins for broken images by `skip_broken`.
 
-def center_crop(image: Image.Image, image_size: int) -> Image.Image:
-    """Resize the shorter side to image_size and cut the central square.
+        Which image stands in depends on the files alone, so every rank, worker and resumed run
+        takes the same.
+        """
+        while True:  # once more for each broken image that was not known
+            try:
+                return super().__getitems__([(self._stand_in(i), flip) for i, flip in keys])
+            except UnreadableImageError:
+                if not self.skip_broken:
+                    raise
 
-    Halving with a box filter first keeps the final bicubic step from aliasing.
-
-    Source: ADM's preprocessing (arXiv:2105.05233), which the FID reference batches use.
-    """
-    while min(image.size) >= 2 * image_size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = image_size / min(image.size)
-    size = (round(image.width * scale), round(image.height * scale))
-    image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = (image.width - image_size) // 2, (image.height - image_size) // 2
-    return image.crop((left, top, left + image_size, top + image_size))
+    def _stand_in(self, index: int) -> int:
+        if not self.skip_broken:
+            return index
+        for step in range(min(MAX_BROKEN_IN_A_ROW, len(self))):
+            if (candidate := (index + step) % len(self)) not in self.broken:
+                return candidate
+        raise FileError(
+            f"--skip-broken: {step + 1} images in a row can't be read, from this one on: "
+            f"{self.broken[index]}"
+        )
 
 
 def load_dataset(
@@ -185,6 +212,7 @@ def load_dataset(
     split: str = "train",
     fashion_mnist_root: str | Path | None = None,
     flip: bool | None = None,
+    skip_broken: bool = False,
 ) -> ImageDataset:
     """Open a dataset.
 
@@ -195,24 +223,27 @@ def load_dataset(
         split: "train" or "test"; "digits" also has "all"; a folder is one split, "train".
         fashion_mnist_root: folder of the four idx files; default: Debian's, else a download.
         flip: mirror half of the images in training; default: only for a folder.
+        skip_broken: see `FolderImages`.
 
     Raises:
-        ValueError: no such dataset, split or size.
+        UserError: no such dataset, split or size.
     """
     name = str(data_path)
     splits = {"digits": ("train", "test", "all"), "fashion-mnist": ("train", "test")}
     accepted = splits.get(name, ("train",))
     if split not in accepted:
         hint = "" if name in splits else " (give the path of another split's folder instead)"
-        raise ValueError(f"split {split!r} of --data-path {name}: accepted {accepted}{hint}")
+        raise UserError(f"split {split!r} of --data-path {name}: accepted {accepted}{hint}")
     if name not in splits:
         unreadable: list[int] = []
         if (index := cache_index(name)) is not None:
             name, image_size = index["data_path"], image_size or index["image_size"]
-            unreadable = [entry["index"] for entry in index["bad"]]
+            unreadable = [entry["index"] for entry in index["unreadable"]]
         if not Path(name).is_dir():
-            raise ValueError(f"--data-path {name} is not a folder. {ACCEPTED_DATA}")
-        return FolderImages(Path(name), image_size or 256, flip is not False, unreadable)
+            raise UserError(f"--data-path {name} is not a folder. {ACCEPTED_DATA}")
+        return FolderImages(
+            Path(name), image_size or 256, flip is not False, unreadable, skip_broken
+        )
 
     dataset = (
         _load_digits(split, bool(flip))
@@ -220,23 +251,8 @@ def load_dataset(
         else _load_fashion_mnist(split, fashion_mnist_root, bool(flip))
     )
     if image_size not in (None, dataset.image_size):
-        raise ValueError(f"--image-size {image_size}: {name} has {dataset.image_size} pixels")
+        raise UserError(f"--image-size {image_size}: {name} has {dataset.image_size} pixels")
     return dataset
-
-
-def cache_index(path: str | Path) -> dict[str, Any] | None:
-    """Return the index of a latent cache, None for any other path; see latent_cache.py.
-
-    Raises:
-        ValueError: index.json is damaged.
-    """
-    file = Path(path) / "index.json"
-    try:
-        index = json.loads(file.read_text()) if file.is_file() else None
-    except ValueError as error:
-        raise ValueError(f"--data-path {path}: index.json is damaged: {error}") from error
-    known = isinstance(index, dict) and index.get("format") == LATENT_CACHE
-    return index if known else None
 
 
 def _load_digits(split: str, flip: bool) -> TensorImages:
@@ -256,6 +272,9 @@ def _load_fashion_mnist(split: str, root: str | Path | None, flip: bool) -> Tens
     prefix = {"train": "train", "test": "t10k"}[split]
     images = _read_idx(folder / f"{prefix}-images-idx3-ubyte.gz")  # (n, 28, 28)
     labels = _read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz")  # (n,)
+    if images.shape != (len(labels), 28, 28) or labels.ndim != 1:
+        shapes = f"{tuple(images.shape)} images and {tuple(labels.shape)} labels"
+        raise FileError(f"--fashion-mnist-root {folder}: {shapes}, not (n, 28, 28) and (n,)")
     pixels = pad(images[:, None], (2, 2, 2, 2))  # 32 px divide by 2, 4 and 8
     return TensorImages(pixels, labels.long(), FASHION_MNIST_CLASSES, flip)
 
@@ -275,7 +294,7 @@ def _find_fashion_mnist() -> Path:
             with contextlib.suppress(OSError):  # another rank was faster
                 os.rename(Path(temp) / "FashionMNIST", whole)
     except (OSError, RuntimeError) as error:
-        raise ValueError(
+        raise UserError(
             f"--data-path fashion-mnist: no files in {FASHION_MNIST_ROOT} (Debian: apt install "
             f"dataset-fashion-mnist) and the download to {FASHION_MNIST_DOWNLOAD} failed: {error}"
         ) from error
@@ -288,8 +307,8 @@ def _read_idx(path: Path) -> Tensor:
         data = gzip.decompress(path.read_bytes())
         shape = np.frombuffer(data, ">i4", count=data[3], offset=4)
         values = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
-    except (OSError, EOFError, IndexError, ValueError) as error:
-        raise ValueError(f"cannot read the idx file {path}: {error}") from error
+    except (OSError, EOFError, IndexError, ValueError, zlib.error) as error:
+        raise FileError(f"cannot read the idx file {path}: {error}") from error
     return torch.from_numpy(values.copy())
 
 
@@ -353,8 +372,60 @@ class TrainBatches(Sampler[list[Key]]):
         return int(order[offset]), self.flip and bool(flips[offset])
 
 
+class _Fetched(NamedTuple):
+    """What a worker process sends."""
+
+    batch: tuple[Tensor, Tensor]
+    broken: dict[int, str]  # images that it has just found to be broken
+
+
+class _Worker(Dataset):
+    """The data set inside a worker: an error that a user can mend is sent, not raised there.
+
+    `DataLoader` would raise it again with the worker's traceback as its message.
+    """
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self.dataset, self._num_told = dataset, 0
+
+    def __getitems__(self, keys: Sequence[Key]) -> _Fetched | UserError:
+        try:
+            batch = self.dataset.__getitems__(keys)
+        except UserError as error:
+            return error
+        broken = dict([*self.dataset.broken.items()][self._num_told :])
+        self._num_told += len(broken)
+        return _Fetched(batch, broken)
+
+
 def _as_is(batch: Any) -> Any:
     return batch  # `__getitems__` has made it already
+
+
+class TrainLoader:
+    """The endless micro-batches of one rank: images (N, C, S, S) and labels (N,)."""
+
+    def __init__(self, fetched: DataLoader) -> None:
+        self.fetched = fetched
+        self.broken: dict[int, str] = {}  # images that others stood in for, and why
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield micro-batches; log every broken image once.
+
+        Raises:
+            UserError: an image can't be read.
+        """
+        for item in self.fetched:
+            if isinstance(item, UserError):
+                raise item
+            for index, why in item.broken.items():
+                if index not in self.broken:
+                    self.broken[index] = why
+                    logging.warning(
+                        "--skip-broken: %s; the next image stands in (%d so far)",
+                        why, len(self.broken),
+                    )  # fmt: skip
+            yield item.batch
 
 
 def make_loader(
@@ -368,8 +439,8 @@ def make_loader(
     start_step: int = 0,
     num_workers: int = 0,
     pin_memory: bool = False,
-) -> DataLoader:
-    """Return the endless loader of one rank's (images (N, C, S, S), labels (N,)) micro-batches.
+) -> TrainLoader:
+    """Return the endless loader of one rank's micro-batches.
 
     Args: as `TrainBatches`; num_workers 0 loads in this process, the batches are the same.
     """
@@ -383,14 +454,15 @@ def make_loader(
         start_step=start_step,
         flip=dataset.flip,
     )
-    return DataLoader(
-        dataset,
+    fetched: DataLoader = DataLoader(
+        _Worker(dataset),
         batch_sampler=batches,
         collate_fn=_as_is,
         num_workers=num_workers,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else it draws from, and so shifts, the global RNG
     )
+    return TrainLoader(fetched)
 
 
 # --- Images <-> latents ---------------------------------------------------------------------------
@@ -439,10 +511,10 @@ class VAE:
             images: (N, 3, S, S) in [-1, 1].
 
         Raises:
-            ValueError: the images do not have the VAE's channels.
+            UserError: the images do not have the VAE's channels.
         """
         if images.shape[1] != self.image_channels:
-            raise ValueError(
+            raise UserError(
                 f"--vae-path: this VAE takes {self.image_channels}-channel images, the data has "
                 f"{images.shape[1]}; use --vae-path none"
             )
@@ -486,37 +558,126 @@ def load_vae(
     """Load a frozen VAE, or `Pixels` for "none".
 
     Args:
-        vae_path: local folder or hub id of a diffusers AutoencoderKL, or "none".
+        vae_path: local folder or hub id of a diffusers AutoencoderKL, or of a pipeline that has
+            one in its folder "vae"; or "none".
         device: where it runs.
         dtype: precision of `encode`; `decode` is always float32.
         model_channels: latent channels of the checkpoint it is for, where there is one.
 
     Raises:
-        ValueError: nothing there, it does not load completely, or it makes other latents.
+        UserError: nothing there, it does not load completely, is of a class or has a scale that
+            is not supported, or it makes other latents.
     """
     if str(vae_path) == "none":
         return Pixels()
-    could_be_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(vae_path)) is not None
-    if not Path(vae_path).is_dir() and not could_be_hub_id:
-        raise ValueError(
-            f"--vae-path {vae_path} is not a folder; it accepts a folder saved by diffusers "
-            "(config.json and weights), a hub id such as stabilityai/sd-vae-ft-mse, or none"
-        )
+    files = _find_vae(str(vae_path))
+    _check_config(files.config, vae_path)
     from diffusers import AutoencoderKL
 
+    options: dict[str, Any] = {"low_cpu_mem_usage": False, "output_loading_info": True}
     try:
         model, info = AutoencoderKL.from_pretrained(
-            str(vae_path), low_cpu_mem_usage=False, output_loading_info=True
+            str(vae_path),
+            subfolder=files.subfolder or None,
+            local_files_only=files.downloaded,
+            **options,
         )
-    except OSError as error:
-        hint = "" if Path(vae_path).is_dir() else " (no such local folder, so tried as a hub id)"
-        raise ValueError(f"--vae-path {vae_path} does not load{hint}: {error}") from error
+    except Exception as error:  # of many types, by what is wrong in the files
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"--vae-path {vae_path} does not load: {reason}") from error
     if info["missing_keys"]:  # diffusers would go on with random weights
-        raise ValueError(f"--vae-path {vae_path} lacks the weights {info['missing_keys'][:3]} ...")
+        raise UserError(f"--vae-path {vae_path} lacks the weights {info['missing_keys'][:3]} ...")
+    for name, value in model.state_dict().items():
+        if not value.isfinite().all():
+            raise UserError(f"--vae-path {vae_path}: {name} is not finite")
     vae = VAE(model.float().to(device), dtype)
     if model_channels not in (None, vae.channels):
-        raise ValueError(
+        raise UserError(
             f"--vae-path {vae_path} makes {vae.channels} latent channels, the checkpoint has "
             f"{model_channels}"
         )
     return vae
+
+
+def _check_config(config: Any, vae_path: str | Path) -> None:
+    """Refuse what would load with another meaning, or not at all, naming it."""
+    if not isinstance(config, dict):
+        raise UserError(f"--vae-path {vae_path} does not load: its config.json is no object")
+    name = config.get("_class_name")
+    if name != "AutoencoderKL":
+        raise UserError(
+            f"--vae-path {vae_path} is of class {name}; only AutoencoderKL is supported"
+        )
+    for entry in ("latents_mean", "latents_std"):
+        if config.get(entry) is not None:
+            raise UserError(
+                f"--vae-path {vae_path} has {entry}, a scale for each channel, which is not "
+                "supported; one scaling_factor and shift_factor are"
+            )
+    for entry in ("scaling_factor", "shift_factor"):
+        value = config.get(entry)
+        number = isinstance(value, int | float) and math.isfinite(value)
+        if (value is not None and not number) or (value == 0 and entry == "scaling_factor"):
+            raise UserError(f"--vae-path {vae_path}: its config.json has {entry} {value!r}")
+
+
+class _VaeFiles(NamedTuple):
+    """Where a VAE is in a folder or hub repository."""
+
+    subfolder: str  # "" or, in a pipeline, "vae"
+    config: Any  # what its config.json says
+    downloaded: bool  # before: nothing is to be asked of the hub
+
+
+def _find_vae(vae_path: str) -> _VaeFiles:
+    if Path(vae_path).is_dir():
+        for subfolder in ("", "vae"):
+            if (file := Path(vae_path, subfolder, "config.json")).is_file():
+                return _VaeFiles(subfolder, _read_json(file, vae_path), True)
+        raise UserError(
+            f"--vae-path {vae_path} does not load: no config.json in it, nor in {vae_path}/vae"
+        )
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", vae_path) is None:
+        raise UserError(
+            f"--vae-path {vae_path} is not a folder; it accepts a folder saved by diffusers "
+            "(config.json and weights), a hub id such as stabilityai/sd-vae-ft-mse, or none"
+        )
+    return _find_on_hub(vae_path)
+
+
+def _read_json(file: str | Path, vae_path: str) -> Any:
+    try:
+        return json.loads(Path(file).read_text())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--vae-path {vae_path}: {file} is damaged: {error}") from error
+
+
+def _find_on_hub(vae_path: str) -> _VaeFiles:
+    """Find config.json; without a network, what was downloaded before counts.
+
+    Raises:
+        UserError: neither downloaded nor to be had now.
+    """
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    tried = f"--vae-path {vae_path}: no such folder, and as a hub id"
+    instead = "give a folder saved by diffusers (config.json and weights), or none"
+    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
+    why = why or why_unreachable(constants.ENDPOINT)
+    files = {subfolder: f"{subfolder}/config.json".lstrip("/") for subfolder in ("", "vae")}
+    for subfolder, name in files.items() if why else ():
+        if isinstance(file := try_to_load_from_cache(vae_path, name), str):
+            return _VaeFiles(subfolder, _read_json(file, vae_path), True)
+    if why:
+        raise UserError(f"{tried} it can't be downloaded ({why}): {instead}")
+    for subfolder, name in files.items():
+        try:
+            file = hf_hub_download(vae_path, name)
+            return _VaeFiles(subfolder, _read_json(file, vae_path), False)
+        except EntryNotFoundError:
+            continue
+        except (HfHubHTTPError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{tried} it can't be downloaded ({reason}): {instead}") from error
+    raise UserError(f"{tried} it has no config.json, nor one in vae: {instead}")

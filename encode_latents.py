@@ -12,7 +12,6 @@ end.
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,19 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from common import process
-from common.files import atomic_write
+from common.errors import UserError, one_line_errors, printable
+from common.files import atomic_write, file_crc32
 from common.flags import FlagParser, number
-from data import VAE, FolderImages, cache_index, load_dataset, load_vae
-from latent_cache import (
-    DTYPES,
-    CachedLatents,
-    from_stored,
-    plan,
+from data import VAE, FolderImages, load_dataset, load_vae
+from image_files import UnreadableImageError
+from latent_cache import DTYPES, CachedLatents, from_stored, plan, to_stored
+from latent_index import (
+    LABELS,
+    VERSION,
+    cache_index,
+    num_shards,
     shard_path,
-    to_stored,
+    shard_rows,
     write_index,
 )
 
@@ -53,7 +55,7 @@ def build_parser() -> FlagParser:
     parser = FlagParser(__doc__)
     data = parser.group("Data")
     data.add("--data-path", required=True, help="image folder, one subfolder a class")
-    data.add("--image-size", type=number(int, 8), default=256, help="pixels")
+    data.add("--image-size", type=number(int, 8, 8192), default=256, help="pixels")
     data.add("--vae-path", default="stabilityai/sd-vae-ft-ema", help="folder or hub id")
     data.add("--out", required=True, help="folder of the cache")
     data.add("--dtype", choices=list(DTYPES), default="float16", help="of the cache")
@@ -61,12 +63,12 @@ def build_parser() -> FlagParser:
 
     work = parser.group("Run")
     work.add("--batch-size", type=number(int, 1), default=32, help="images at once")
-    work.add("--num-workers", type=number(int, 0), default=4, help="loaders per rank")
+    work.add("--num-workers", type=number(int, 0, 256), default=4, help="loaders per rank")
     return parser
 
 
 class _Readable(Dataset):
-    """The images of a folder in uint8, and for a broken file its error instead."""
+    """The images of a folder in uint8, and for a file that can't be read its error instead."""
 
     def __init__(self, dataset: FolderImages) -> None:
         self.dataset = dataset
@@ -74,11 +76,11 @@ class _Readable(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Tensor | str:
+    def __getitem__(self, index: int) -> Tensor | UserError:
         try:
             return self.dataset.pixels(torch.tensor([index]))[0]
-        except ValueError as error:
-            return str(error)
+        except UserError as error:  # raised here, a worker's traceback would be its message
+            return error
 
 
 def _as_list(batch: list[Any]) -> list[Any]:
@@ -90,6 +92,12 @@ def both_moments(vae: VAE, pixels: Tensor) -> Tensor:
     images = pixels.float() / 127.5 - 1
     halves = [torch.stack(vae.moments(half), dim=1) for half in (images, images.flip(-1))]
     return torch.stack(halves, dim=1).cpu()
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write a .npy file of any name."""
+    with open(path, "wb") as file:
+        np.save(file, array)
 
 
 class Encoder:
@@ -108,35 +116,36 @@ class Encoder:
 
     def encode_shards(self) -> None:
         """Encode this rank's shards that are not there yet."""
-        size, run = self.index["shard_size"], self.run
-        num_shards = -(-len(self.dataset) // size)
-        mine = range(run.rank, num_shards, run.world_size)
-        total = sum(min(size, len(self.dataset) - shard * size) for shard in mine)
+        index, run = self.index, self.run
+        mine = range(run.rank, num_shards(index), run.world_size)
+        total = sum(len(shard_rows(index, shard)) for shard in mine)
         with tqdm(total=total, desc="encode", unit="image", disable=not run.is_main) as bar:
             for shard in mine:
-                rows = range(shard * size, min((shard + 1) * size, len(self.dataset)))
-                if shard_path(self.folder, shard).exists():
-                    bar.update(len(rows))
+                path = shard_path(self.folder, shard)
+                if path.exists() and path.with_suffix(".json").exists():
+                    bar.update(len(shard_rows(index, shard)))
                 else:
-                    self._encode_shard(shard, rows, bar)
+                    self._encode_shard(shard, shard_rows(index, shard), bar)
 
     def _encode_shard(self, shard: int, rows: Sequence[int], bar: tqdm) -> None:
-        stored = DTYPES[self.index["dtype"]][1]
-        out = np.zeros((len(rows), 2, 2, *self.index["latent_shape"]), stored)
-        bad = []
+        shape = (len(rows), 2, 2, *self.index["latent_shape"])
+        out = torch.zeros(shape, dtype=DTYPES[self.index["dtype"]][1]).numpy()
+        unreadable = []
         loader = DataLoader(
             _Readable(self.dataset),
             batch_size=self.args.batch_size,
             sampler=rows,
             collate_fn=_as_list,
-            num_workers=self.args.num_workers,
+            num_workers=min(self.args.num_workers, -(-len(rows) // self.args.batch_size)),
         )
         first = 0
         for batch in loader:
             for position, item in enumerate(batch):
-                if isinstance(item, str):
-                    bad.append({"index": rows[first + position], "error": item})
-            good = [i for i, item in enumerate(batch) if not isinstance(item, str)]
+                if isinstance(item, UnreadableImageError):
+                    unreadable.append({"index": rows[first + position], "error": str(item)})
+                elif isinstance(item, UserError):  # such as a disk that fails: not the image's
+                    raise item
+            good = [i for i, item in enumerate(batch) if isinstance(item, Tensor)]
             if good:
                 pixels = torch.stack([batch[i] for i in good]).to(self.run.device)
                 moments = both_moments(self.vae, pixels)
@@ -144,29 +153,34 @@ class Encoder:
             first += len(batch)
             bar.update(len(batch))
         path = shard_path(self.folder, shard)
-        with atomic_write(path.with_suffix(".bad.json")) as temp:  # before the shard: it is done
-            temp.write_text(json.dumps(bad))
-        with atomic_write(path) as temp, open(temp, "wb") as file:
-            np.save(file, out)
+        with atomic_write(path) as temp:
+            save_array(temp, out)
+            note = {"unreadable": unreadable, "checksum": file_crc32(temp)}
+            with atomic_write(path.with_suffix(".json")) as temp_note:  # first: then it is done
+                temp_note.write_text(json.dumps(note))
 
     def finish(self) -> None:
         """Join what all ranks found, once all shards are there; main rank only."""
-        lists = sorted(self.folder.glob("shard-*.bad.json"))
-        self.index["bad"] = [entry for path in lists for entry in json.loads(path.read_text())]
-        if len(self.index["bad"]) == len(self.dataset):
-            raise ValueError(f"--data-path {self.args.data_path}: no image of it can be read")
-        with atomic_write(self.folder / "labels.npy") as temp, open(temp, "wb") as file:
-            np.save(file, self.dataset.labels.numpy())
+        files = [shard_path(self.folder, shard) for shard in range(num_shards(self.index))]
+        notes = {path: json.loads(path.with_suffix(".json").read_text()) for path in files}
+        self.index["unreadable"] = [e for note in notes.values() for e in note["unreadable"]]
+        if len(self.index["unreadable"]) == len(self.dataset):
+            raise UserError(f"--data-path {self.args.data_path}: no image of it can be read")
+        with atomic_write(self.folder / LABELS) as temp:
+            save_array(temp, self.dataset.labels.numpy())
+        checksums = {path.name: note["checksum"] for path, note in notes.items()}
+        labels = file_crc32(self.folder / LABELS)
+        self.index |= {"version": VERSION, "checksums": checksums | {LABELS: labels}}
         self.index["complete"] = True
         write_index(self.folder, self.index)
-        for path in lists:
-            path.unlink()
+        for path in files:
+            path.with_suffix(".json").unlink()
 
     def check(self) -> float:
         """Encode some images again; returns the largest difference from the cache.
 
         Raises:
-            ValueError: it is larger than the cache's precision explains.
+            UserError: it is larger than the cache's precision explains.
         """
         cache = CachedLatents(self.folder)
         generator = torch.Generator().manual_seed(0)
@@ -174,31 +188,42 @@ class Encoder:
         pixels = self.dataset.pixels(torch.from_numpy(cache.rows[chosen])).to(self.run.device)
         halves = [cache.moments([(i, flip) for i in chosen]) for flip in (False, True)]
         found, expected = torch.stack(halves, dim=1), both_moments(self.vae, pixels)
-        rounded = from_stored(to_stored(expected, self.index["dtype"]), self.index["dtype"])
+        dtype = self.index["dtype"]
+        rounded = from_stored(torch.from_numpy(to_stored(expected, dtype)), dtype)
         tolerance = 1e-3 + 2e-2 * expected.abs()  # other batches, other kernels
         if ((found - rounded).abs() > tolerance).any():
-            raise ValueError(
+            raise UserError(
                 f"--out {self.folder}: images encoded again are not what the cache has; delete it "
                 "and encode anew"
             )
         return (found - expected).abs().max().item()
 
 
+def check_out(folder: Path) -> dict[str, Any] | None:
+    """Return the index of a cache that was begun, None if a new one can be written.
+
+    Raises:
+        UserError: the folder holds something else.
+    """
+    found = cache_index(folder)
+    if found is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--out {folder} exists and is not a latent cache; choose another")
+    return found
+
+
 def open_index(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     """Return the index of a cache that was begun, else the one that is wanted.
 
     Raises:
-        ValueError: what was begun is not what is wanted.
+        UserError: what was begun is not what is wanted.
     """
-    found = cache_index(folder)
+    found = check_out(folder)
     if found is None:
-        if folder.exists() and any(folder.iterdir()):
-            raise ValueError(f"--out {folder} exists and is not a latent cache; choose another")
         return wanted
     for name, name_of_flag in FLAGS.items():
         if found.get(name) != wanted[name]:
             shown = "vae_path" if name == "vae" else name
-            raise ValueError(
+            raise UserError(
                 f"--out {folder} was begun with {shown} {found.get(shown)}, now {name_of_flag} "
                 f"means {wanted[shown]}: give another --out, or delete it"
             )
@@ -207,15 +232,17 @@ def open_index(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
 
 def encode(args: argparse.Namespace, run: process.Runtime) -> str:
     """Make or continue the cache; returns what the main rank prints."""
-    if not Path(args.data_path).is_dir():
-        raise ValueError(f"--data-path {args.data_path} is not an image folder")
+    folder = Path(args.out)
+    if not Path(args.data_path).is_dir() or cache_index(args.data_path) is not None:
+        raise UserError(f"--data-path {args.data_path} is not an image folder")
+    check_out(folder)
     dataset = load_dataset(args.data_path, image_size=args.image_size)
     assert isinstance(dataset, FolderImages)
     vae = load_vae(args.vae_path, device=run.device)
     if not isinstance(vae, VAE):
-        raise ValueError("--vae-path none: pixels need no cache")
+        raise UserError("--vae-path none: pixels need no cache")
     if args.image_size % vae.downsample:
-        raise ValueError(f"--image-size {args.image_size} is not a multiple of {vae.downsample}")
+        raise UserError(f"--image-size {args.image_size} is not a multiple of {vae.downsample}")
     wanted = plan(
         dataset,
         vae,
@@ -224,7 +251,6 @@ def encode(args: argparse.Namespace, run: process.Runtime) -> str:
         dtype=args.dtype,
         shard_size=args.shard_size,
     )
-    folder = Path(args.out)
     index = open_index(folder, wanted)
     process.barrier()  # all have looked
     encoder = Encoder(args, dataset, vae, index, run)
@@ -238,23 +264,22 @@ def encode(args: argparse.Namespace, run: process.Runtime) -> str:
     if not run.is_main:
         return ""
     lines = [f"checked {NUM_CHECKED} images: largest difference {encoder.check():.1e}"]
-    lines += [f"not readable: {entry['error']}" for entry in index["bad"]]
-    good = index["num_images"] - len(index["bad"])
-    skipped = f", {len(index['bad'])} NOT READABLE (above)" if index["bad"] else ""
+    unreadable = index["unreadable"]
+    lines += [f"not readable: {entry['error']}" for entry in unreadable]
+    good = index["num_images"] - len(unreadable)
+    skipped = f", {len(unreadable)} NOT READABLE (above)" if unreadable else ""
     return "\n".join([*lines, f"{good:,} images{skipped}: {folder}"])
 
 
 def main(args: argparse.Namespace) -> None:
     """Encode and report."""
     run = process.setup(process.LONG_WAIT)
-    try:
-        report = encode(args, run)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"encode_latents.py: error: {error}")
+    report = encode(args, run)
     if run.is_main:
-        print(report)
+        print(printable(report))
     process.finish()
 
 
 if __name__ == "__main__":
-    main(build_parser().parse_args())
+    with one_line_errors():
+        main(build_parser().parse_args())

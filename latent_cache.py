@@ -11,34 +11,46 @@ Shape letters: N batch, C H W latent, n images in the folder.
 """
 
 import hashlib
-import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from common.files import atomic_write
+from common.arrays import ArrayHeader, array_header
+from common.errors import FileError, UserError
+from common.files import verify_file
 from data import (
-    LATENT_CACHE,
     VAE,
     FolderImages,
     ImageDataset,
     Key,
     Pixels,
-    cache_index,
     draw_latents,
+    load_dataset,
     load_vae,
 )
+from latent_index import (
+    FORMAT,
+    LABELS,
+    VERSION,
+    cache_index,
+    num_shards,
+    shard_path,
+    shard_rows,
+)
 
+# Name in the index -> the type of the values, and the type that a file stores their bits as.
 DTYPES = {
-    "float16": (torch.float16, np.int16),
-    "bfloat16": (torch.bfloat16, np.int16),
-    "float32": (torch.float32, np.float32),
+    "float16": (torch.float16, torch.int16),
+    "bfloat16": (torch.bfloat16, torch.int16),
+    "float32": (torch.float32, torch.float32),
 }
-VERSION = 1
+DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"  # of images
 
 
 def vae_identity(vae: VAE | Pixels) -> str:
@@ -61,7 +73,7 @@ def plan(
     side = dataset.image_size // vae.downsample
     files = "\n".join(str(Path(path).relative_to(data_path)) for path in dataset.paths)
     return {
-        "format": LATENT_CACHE,
+        "format": FORMAT,
         "version": VERSION,
         "data_path": str(Path(data_path).resolve()),
         "files": hashlib.sha256(files.encode()).hexdigest()[:32],
@@ -76,31 +88,20 @@ def plan(
         "dtype": dtype,
         "shard_size": shard_size,
         "complete": False,
-        "bad": [],
+        "unreadable": [],
+        "checksums": {},
     }
-
-
-def write_index(folder: Path, index: dict[str, Any]) -> None:
-    """Write index.json."""
-    with atomic_write(folder / "index.json") as temp:
-        temp.write_text(json.dumps(index, indent=1) + "\n")
-
-
-def shard_path(folder: Path, shard: int) -> Path:
-    """Return the file of a shard."""
-    return folder / f"shard-{shard:05d}.npy"
 
 
 def to_stored(moments: Tensor, dtype: str) -> np.ndarray:
     """Return fp32 moments as the array that a shard keeps."""
-    torch_dtype, stored = DTYPES[dtype]
-    rounded = moments.to(torch_dtype)
-    return (rounded if stored == np.float32 else rounded.view(torch.int16)).numpy()
+    values, stored = DTYPES[dtype]
+    return moments.to(values).view(stored).numpy()
 
 
-def from_stored(rows: np.ndarray, dtype: str) -> Tensor:
+def from_stored(rows: Tensor, dtype: str) -> Tensor:
     """Return rows of a shard in fp32."""
-    return torch.from_numpy(rows).view(DTYPES[dtype][0]).float()
+    return rows.view(DTYPES[dtype][0]).float()
 
 
 class CachedLatents(ImageDataset):
@@ -114,45 +115,102 @@ class CachedLatents(ImageDataset):
             flip: whether training takes the mirrored half as often.
 
         Raises:
-            ValueError: the cache is not finished or of a newer version.
+            UserError: the cache is not finished, not one of ours, or of a newer version.
+            FileError: a file of it is missing, too short or something else.
         """
         index = cache_index(folder)
-        if index is None or index["version"] > VERSION:
-            raise ValueError(f"{folder}/index.json is not of a latent cache that this code reads")
+        if index is None:
+            raise FileError(f"{folder}/index.json is not of a latent cache that this code reads")
         if not index["complete"]:
-            raise ValueError(
+            raise UserError(
                 f"--data-path {folder}: this cache is not finished; run its encode_latents.py "
                 "command again"
             )
         self.folder, self.index = folder, index
-        bad = [entry["index"] for entry in index["bad"]]
-        labels = np.load(folder / "labels.npy")
-        self.rows = np.delete(np.arange(len(labels)), bad)
-        self._shards: dict[int, np.ndarray] = {}
+        unreadable = [entry["index"] for entry in index["unreadable"]]
+        labels = self._read_labels()
+        self.rows = np.delete(np.arange(len(labels)), unreadable)
+        self._shards: dict[int, Tensor] = {}
+        for shard in range(num_shards(index)):
+            self._header(shard)
         kept = torch.from_numpy(labels[self.rows])
         super().__init__(kept, index["class_names"], 3, index["image_size"], flip)
+
+    def _read_labels(self) -> np.ndarray:
+        path = self.folder / LABELS
+        try:
+            labels = np.load(path)  # never with Python objects
+        except FileNotFoundError as error:
+            raise FileError(f"--data-path {self.folder}: {path.name} is missing") from error
+        except (ValueError, EOFError) as error:
+            raise FileError(f"{path} is damaged: {error}") from error
+        if labels.shape != (self.index["num_images"],) or labels.dtype != np.int64:
+            raise FileError(
+                f"{path} holds {labels.dtype} {labels.shape}, not int64 "
+                f"({self.index['num_images']},)"
+            )
+        return labels
+
+    def _header(self, shard: int) -> ArrayHeader:
+        """Make sure that a shard is there and as large as it should be; its values are not read."""
+        path, stored = shard_path(self.folder, shard), DTYPES[self.index["dtype"]][1]
+        shape = (len(shard_rows(self.index, shard)), 2, 2, *self.index["latent_shape"])
+        try:
+            with open(path, "rb") as file:
+                header, size = array_header(file), os.fstat(file.fileno()).st_size
+        except FileNotFoundError as error:
+            raise FileError(
+                f"--data-path {self.folder}: {path.name} is missing; encode anew"
+            ) from error
+        except ValueError as error:
+            raise FileError(f"{path} is damaged: {error}") from error
+        expected = np.dtype(str(stored).removeprefix("torch."))
+        if header.shape != shape or header.dtype != expected or header.column_major:
+            raise FileError(f"{path} holds {header.dtype} {header.shape}, not {expected} {shape}")
+        if size != header.end:
+            raise FileError(f"{path} is damaged: {size} bytes instead of {header.end}; encode anew")
+        return header
+
+    def verify(self, rank: int = 0, num_ranks: int = 1) -> None:
+        """Compare this rank's share of the files with their checksums, each read once.
+
+        Raises:
+            DamagedFileError: a file has changed since it was written.
+        """
+        checksums = self.index.get("checksums", {})  # old caches have none
+        mine = sorted(checksums)[rank::num_ranks]
+        for name in tqdm(mine, desc="checksums", unit="file", disable=rank > 0, leave=False):
+            verify_file(self.folder / name, checksums[name])
 
     def check_vae(self, vae: VAE | Pixels, vae_path: str) -> None:
         """Make sure that a VAE is the one that made the cache.
 
         Raises:
-            ValueError: it is another.
+            UserError: it is another.
         """
         if isinstance(vae, Pixels) or vae_identity(vae) != self.index["vae"]:
-            raise ValueError(
+            raise UserError(
                 f"--vae-path {vae_path} is not the VAE that made {self.folder}: that was "
                 f"{self.index['vae_path']}; leave the flag out, or encode anew"
             )
+
+    def _mapped(self, shard: int) -> Tensor:
+        """Return the rows of a shard, (rows, 2, 2, C, H, W); torch's maps keep no file open."""
+        if shard not in self._shards:
+            header, path = self._header(shard), shard_path(self.folder, shard)
+            stored = DTYPES[self.index["dtype"]][1]
+            size = header.dtype.itemsize  # .npy files start their values at a multiple of 64 bytes
+            whole = torch.from_file(str(path), False, header.end // size, dtype=stored)
+            self._shards[shard] = whole[header.offset // size :].view(header.shape)
+        return self._shards[shard]
 
     def moments(self, keys: Sequence[Key]) -> Tensor:
         """Return mean and deviation (N, 2, C, H, W) fp32 of N samples."""
         parts = []
         for index, flip in keys:
             shard, row = divmod(int(self.rows[index]), self.index["shard_size"])
-            if shard not in self._shards:
-                self._shards[shard] = np.load(shard_path(self.folder, shard), mmap_mode="r")
-            parts.append(self._shards[shard][row, int(flip)])
-        return from_stored(np.stack(parts), self.index["dtype"])
+            parts.append(self._mapped(shard)[row, int(flip)])
+        return from_stored(torch.stack(parts), self.index["dtype"])
 
     def __getitems__(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor]:
         """Return a batch: moments (N, 2, C, H, W) fp32, labels (N,) int64."""
@@ -165,28 +223,56 @@ class CachedLatents(ImageDataset):
         return draw_latents(mean, std)
 
 
-def open_cache(
-    folder: Path,
-    *,
-    image_size: int | None,
-    flip: bool | None,
-    vae_path: str | None,
-    device: torch.device,
-) -> tuple[CachedLatents, VAE | Pixels, str]:
-    """Open a cache and its VAE for training.
+class Data(NamedTuple):
+    """What a run learns from."""
 
-    Returns:
-        The data set, the VAE (it draws the sample grids) and its path.
+    dataset: ImageDataset  # images, or the moments of their latents
+    vae: VAE | Pixels
+    vae_path: str
+
+
+def open_data(
+    data_path: str,
+    *,
+    device: torch.device | str,
+    vae_path: str | None = None,
+    image_size: int | None = None,
+    flip: bool | None = None,
+    fashion_mnist_root: str | None = None,
+    skip_broken: bool = False,
+) -> Data:
+    """Open images, or a latent cache, and the autoencoder that belongs to them, for training.
+
+    Args:
+        data_path: see `load_dataset`; a latent cache is read instead of its images.
+        device: where the autoencoder runs.
+        vae_path: see `load_vae`; default: a cache's own, Stable Diffusion's for an image folder,
+            "none" for the embedded data.
+        image_size, flip, fashion_mnist_root, skip_broken: see `load_dataset`.
 
     Raises:
-        ValueError: a flag contradicts the cache.
+        UserError: naming the flag that does not fit, or the file that is broken.
     """
-    dataset = CachedLatents(folder, flip=flip is not False)
-    if image_size not in (None, dataset.image_size):
-        raise ValueError(
-            f"--image-size {image_size}: {folder} was encoded at {dataset.image_size} pixels"
+    if cache_index(data_path) is None:
+        dataset = load_dataset(
+            data_path,
+            image_size=image_size,
+            fashion_mnist_root=fashion_mnist_root,
+            flip=flip,
+            skip_broken=skip_broken,
         )
-    vae_path = vae_path or dataset.index["vae_path"]
+        folder = isinstance(dataset, FolderImages)
+        vae_path = vae_path or (DEFAULT_VAE if folder else "none")
+        return Data(dataset, load_vae(vae_path, device=device), vae_path)
+    cache = CachedLatents(Path(data_path), flip=flip is not False)
+    if image_size not in (None, cache.image_size):
+        raise UserError(
+            f"--image-size {image_size}: {data_path} was encoded at {cache.image_size} pixels"
+        )
+    vae_path = vae_path or cache.index["vae_path"]
     vae = load_vae(vae_path, device=device)
-    dataset.check_vae(vae, vae_path)
-    return dataset, vae, vae_path
+    cache.check_vae(vae, vae_path)
+    # The ranks of a node share the work, since each node may have its own copy.
+    env = os.environ
+    cache.verify(int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1)))
+    return Data(cache, vae, vae_path)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import latent_cache
 from checkpoint import latest_checkpoint
 from common import process
 from common.flags import FlagParser, flag, number
@@ -26,12 +27,9 @@ from data import (
     FolderImages,
     ImageDataset,
     Pixels,
-    cache_index,
-    load_dataset,
-    load_vae,
 )
 from diffusion import Diffusion, create_diffusion
-from latent_cache import CachedLatents, open_cache
+from latent_cache import CachedLatents
 from layouts import to_ours
 from models import DiT, DiT_models, DiTConfig, initialize_parameter
 from weights import open_weights
@@ -57,6 +55,10 @@ def build_parser(docstring: str | None) -> FlagParser:
     data.add("--fashion-mnist-root", help="folder of the idx files; default: Debian's, ./data")
     data.add("--flip", default=None, **flag, help="mirror at random; default: only image folders")
     data.add("--vae-path", help="folder or hub id; 'none' = pixels, the embedded data's default")
+    data.add(
+        "--skip-broken", default=False, **flag,
+        help="the next image stands in for one that is broken, which is logged; else the run ends",
+    )  # fmt: skip
     data.add("--num-workers", type=number(int, 0), help="loaders per rank; default 4 for folders")
 
     model = parser.group("Model")
@@ -143,9 +145,6 @@ def resolve_settings(args: argparse.Namespace, rt: Runtime, dataset: ImageDatase
             f"--num-classes {args.num_classes} is less than the {dataset.num_classes} classes of "
             f"--data-path {args.data_path}"
         )
-    if args.vae_path is None:
-        folder = isinstance(dataset, FolderImages)
-        args.vae_path = "stabilityai/sd-vae-ft-ema" if folder else "none"
     fast = process.default_precision(rt.device)
     args.precision = args.precision or fast
     if rt.device.type == "cpu" and args.precision not in ("fp32", fast):
@@ -174,25 +173,17 @@ class Job(NamedTuple):
 
 def open_data(args: argparse.Namespace, rt: Runtime) -> tuple[ImageDataset, VAE | Pixels]:
     """Open the images, or the latent cache, and the VAE; fills in what `args` leave open."""
-    dataset: ImageDataset
-    if cache_index(args.data_path) is not None:
-        dataset, vae, args.vae_path = open_cache(
-            Path(args.data_path),
-            image_size=args.image_size,
-            flip=args.flip,
-            vae_path=args.vae_path,
-            device=rt.device,
-        )
-        resolve_settings(args, rt, dataset)
-        return dataset, vae
-    dataset = load_dataset(
+    dataset, vae, args.vae_path = latent_cache.open_data(
         args.data_path,
+        device=rt.device,
+        vae_path=args.vae_path,
         image_size=args.image_size,
-        fashion_mnist_root=args.fashion_mnist_root,
         flip=args.flip,
+        fashion_mnist_root=args.fashion_mnist_root,
+        skip_broken=args.skip_broken,
     )
     resolve_settings(args, rt, dataset)
-    return dataset, load_vae(args.vae_path, device=rt.device)
+    return dataset, vae
 
 
 def prepare(args: argparse.Namespace, *, meta: bool = False) -> Job:

@@ -14,11 +14,12 @@ import json
 import os
 import re
 import struct
+import tempfile
 import uuid
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -64,7 +65,27 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             raise
         raise FileError(f"could not write {path}: {error}") from error
     finally:
-        temp.unlink(missing_ok=True)
+        with suppress(OSError):  # whose message would replace the one above
+            temp.unlink(missing_ok=True)
+
+
+def make_writable(folder: str | Path, flag: str) -> Path:
+    """Return a folder that takes new files, made if it is not there: before the work, not after.
+
+    Args:
+        folder: its path.
+        flag: that gave it, for the message.
+
+    Raises:
+        FileError: it can't be made or written to.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise FileError(f"{flag} {folder} can't be written to: {error.strerror}") from error
 
 
 # ---------------------------------------------------------------- checksums

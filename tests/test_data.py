@@ -1,7 +1,12 @@
 """Facts about datasets, the training stream, the VAE and image grids."""
 
 import gzip
+import json
+import math
+import os
+import shutil
 import struct
+import time
 from itertools import islice
 from pathlib import Path
 
@@ -12,7 +17,12 @@ from launch import save_tiny_vae
 from PIL import Image
 
 import data
-from data import TrainBatches, center_crop, load_dataset, load_vae, make_loader
+from common.errors import UserError
+from common.network import why_unreachable
+from data import TrainBatches, load_dataset, load_vae, make_loader
+from train import DdpTrainer
+from train_loop import launch
+from train_utils import build_parser
 
 NOT_INSTALLED = not data.FASHION_MNIST_ROOT.is_dir()
 
@@ -210,6 +220,9 @@ def test_a_damaged_fashion_mnist_is_refused(tmp_path):
     images.write_bytes(images.read_bytes()[:-20])
     with pytest.raises(ValueError, match="train-images-idx3-ubyte"):
         load_dataset("fashion-mnist", fashion_mnist_root=tmp_path)
+    write_idx(images, np.zeros((2, 28, 27)))
+    with pytest.raises(ValueError, match=r"\(2, 28, 27\) images and \(2,\) labels, not \(n, 28"):
+        load_dataset("fashion-mnist", fashion_mnist_root=tmp_path)
 
 
 def test_no_fashion_mnist_and_no_network_says_what_to_install(tmp_path, monkeypatch):
@@ -252,12 +265,77 @@ def test_a_folder_gives_rgb_squares_and_alphabetical_classes(tmp_path):
     assert label == 0
 
 
+def break_images(root, *names):
+    """Cut image files off."""
+    for name in names:
+        (root / name).write_bytes((root / name).read_bytes()[:60])
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_broken_image_is_named(tmp_path, num_workers):
-    broken = write_image_folder(tmp_path) / "red" / "1.png"
-    broken.write_bytes(broken.read_bytes()[:60])
+def test_a_broken_image_is_named_in_one_line(tmp_path, num_workers):
+    break_images(write_image_folder(tmp_path), "red/1.png")
     loader = loader_of(load_dataset(tmp_path, image_size=16), num_workers=num_workers)
-    with pytest.raises(ValueError, match=r"cannot read the image file .*red/1\.png"):
+    with pytest.raises(UserError, match=r"cannot read the image file .*red/1\.png") as caught:
+        next(iter(loader))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_training_run_ends_with_the_name_of_a_broken_image(tmp_path, vae_folder):
+    break_images(write_image_folder(tmp_path / "images"), "red/1.png")
+    words = [
+        *("--data-path", str(tmp_path / "images"), "--image-size", "32", "--num-workers", "1"),
+        *("--vae-path", str(vae_folder), "--model", "DiT-Ti/2", "--global-batch-size", "6"),
+        *("--max-steps", "1", "--results-dir", str(tmp_path / "results")),
+    ]
+    with pytest.raises(UserError, match=r"cannot read the image file .*red/1\.png") as caught:
+        launch(build_parser(None).parse_args(words), DdpTrainer)
+    assert "\n" not in str(caught.value)
+    launch(build_parser(None).parse_args([*words, "--skip-broken"]), DdpTrainer)
+    assert "1.png: " in next((tmp_path / "results").glob("*/log.txt")).read_text()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_next_image_stands_in_for_a_broken_one_and_is_counted(tmp_path, num_workers, caplog):
+    break_images(write_image_folder(tmp_path), "blue/1.png", "blue/2.png", "red/2.png")
+    dataset = load_dataset(tmp_path, image_size=16, skip_broken=True)
+    loader = loader_of(dataset, num_workers=num_workers)
+    batches = list(islice(loader, 4))
+    stand_ins = {1: 3, 2: 3, 5: 0}  # a later image is of another class: its label comes with it
+    stream = islice(TrainBatches(6, micro_batch_size=6, accum_steps=2, flip=True), 4)
+    for keys, (images, labels) in zip(stream, batches, strict=True):
+        expected = [stand_ins.get(index, index) for index, _ in keys]
+        assert labels.tolist() == dataset.labels[expected].tolist()
+        assert [bool(image[0].mean() > 0) for image in images] == (labels == 1).tolist()
+    lines = [record.getMessage() for record in caplog.records]
+    assert sorted(loader.broken) == [1, 2, 5] and len(lines) == 3
+    assert all("--skip-broken: cannot read the image file" in line for line in lines)
+    assert "the next image stands in (3 so far)" in lines[2]
+
+
+def test_a_resumed_loader_takes_the_same_stand_ins(tmp_path):
+    break_images(write_image_folder(tmp_path), "blue/0.png", "red/2.png")
+    dataset = load_dataset(tmp_path, image_size=16, skip_broken=True)
+    whole = list(islice(loader_of(dataset), 6))
+    again = load_dataset(tmp_path, image_size=16, skip_broken=True)  # that has met none
+    resumed = list(islice(loader_of(again, start_step=2), 2))
+    for (images, labels), (resumed_images, resumed_labels) in zip(whole[4:], resumed, strict=True):
+        assert torch.equal(images, resumed_images) and torch.equal(labels, resumed_labels)
+
+
+def test_a_folder_of_broken_images_only_ends_the_run(tmp_path):
+    names = [f"{color}/{i}.png" for color in ("blue", "red") for i in range(3)]
+    break_images(write_image_folder(tmp_path), *names)
+    loader = loader_of(load_dataset(tmp_path, image_size=16, skip_broken=True))
+    with pytest.raises(UserError, match="--skip-broken: 6 images in a row can't be read"):
+        next(iter(loader))
+
+
+def test_an_image_that_cannot_be_opened_is_never_skipped(tmp_path):
+    write_image_folder(tmp_path)
+    (tmp_path / "red" / "1.png").unlink()
+    (tmp_path / "red" / "1.png").symlink_to("gone")
+    loader = loader_of(load_dataset(tmp_path, image_size=16, skip_broken=True))
+    with pytest.raises(UserError, match=r"red/1\.png: No such file"):
         next(iter(loader))
 
 
@@ -268,7 +346,7 @@ def test_a_folder_without_images_is_refused(tmp_path):
         ):
             load_dataset(folder)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"--data-path .*empty"):
+    with pytest.raises(ValueError, match=r"--data-path .*no images in the class folder 'empty'"):
         load_dataset(tmp_path)
 
 
@@ -279,37 +357,6 @@ def test_a_wrong_split_or_size_is_refused(tmp_path):
         load_dataset(tmp_path, split="test")
     with pytest.raises(ValueError, match="--image-size 256: digits has 8"):
         load_dataset("digits", image_size=256)
-
-
-# --- Centre crop ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [(32, 32), (100, 40), (33, 200), (20, 10), (257, 65), (64, 63)])
-def test_center_crop_gives_a_square_and_keeps_a_constant(size):
-    cropped = np.array(center_crop(Image.new("RGB", size, (10, 20, 30)), 32))
-    assert cropped.shape == (32, 32, 3)
-    assert (cropped == [10, 20, 30]).all()
-
-
-def test_center_crop_keeps_the_centre_and_the_aspect_ratio():
-    array = np.zeros((100, 200), np.uint8)
-    array[25:75, 75:125] = 255  # a centred square of half the height
-    cropped = np.array(center_crop(Image.fromarray(array), 50))
-    expected = np.zeros((50, 50), np.uint8)
-    expected[12:38, 12:38] = cropped[12:38, 12:38]
-    assert (cropped == expected).all()
-    assert (cropped[13:37, 13:37] == 255).all()
-    assert (cropped == cropped.T).all()
-
-
-def test_center_crop_of_an_image_of_that_size_changes_nothing():
-    array = np.random.default_rng(0).integers(256, size=(32, 32, 3), dtype=np.uint8)
-    assert (np.array(center_crop(Image.fromarray(array), 32)) == array).all()
-
-
-def test_center_crop_averages_when_it_shrinks():
-    checkerboard = (np.indices((128, 128)).sum(axis=0) % 2 * 200).astype(np.uint8)
-    assert (np.array(center_crop(Image.fromarray(checkerboard), 32)) == 100).all()
 
 
 # --- VAE ------------------------------------------------------------------------------------------
@@ -373,7 +420,7 @@ def test_a_missing_or_incomplete_vae_folder_is_refused(vae_folder, tmp_path):
 
     with pytest.raises(ValueError, match=r"--vae-path .*missing is not a folder; it accepts"):
         load_vae(tmp_path / "missing", device="cpu")
-    with pytest.raises(ValueError, match=r"does not load: .*config\.json"):
+    with pytest.raises(ValueError, match=r"does not load: no config\.json in it, nor in .*/vae"):
         load_vae(tmp_path, device="cpu")
     (tmp_path / "config.json").write_bytes((vae_folder / "config.json").read_bytes())
     weights = load_file(vae_folder / "diffusion_pytorch_model.safetensors")
@@ -381,6 +428,101 @@ def test_a_missing_or_incomplete_vae_folder_is_refused(vae_folder, tmp_path):
     save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks the weights \['decoder\.conv_in\.weight'\]"):
         load_vae(tmp_path, device="cpu")
+
+
+def changed_vae(vae_folder, to, **entries):
+    """Copy a VAE folder with other entries in its config.json."""
+    shutil.copytree(vae_folder, to)
+    config = json.loads((to / "config.json").read_text()) | entries
+    (to / "config.json").write_text(json.dumps(config))
+    return to
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"_class_name": "AutoencoderDC"}, "is of class AutoencoderDC; only AutoencoderKL"),
+        ({"_class_name": "AutoencoderTiny"}, "is of class AutoencoderTiny; only AutoencoderKL"),
+        ({"_class_name": ["x"]}, r"is of class \['x'\]"),
+        ({"latents_mean": [0.0, 1.0, 2.0, 3.0]}, "has latents_mean, a scale for each channel"),
+        ({"latents_std": [1.0] * 4}, "has latents_std, a scale for each channel"),
+        ({"scaling_factor": 0.0}, r"has scaling_factor 0\.0"),
+        ({"scaling_factor": "1"}, "has scaling_factor '1'"),
+        ({"shift_factor": math.nan}, "has shift_factor nan"),
+        ({"block_out_channels": "many"}, "does not load: "),
+        ({"latent_channels": 8}, "does not load: "),
+    ],
+)
+def test_a_vae_of_another_class_or_scale_is_refused_in_one_line(
+    entries, message, vae_folder, tmp_path
+):
+    with pytest.raises(UserError, match=message) as caught:
+        load_vae(changed_vae(vae_folder, tmp_path / "vae", **entries), device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_config_or_weights_file_of_a_vae_is_one_line(vae_folder, tmp_path):
+    folder = changed_vae(vae_folder, tmp_path / "vae")
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="does not load: ") as caught:
+        load_vae(folder, device="cpu")
+    assert "\n" not in str(caught.value)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        load_vae(folder, device="cpu")
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"its config\.json is no object"):
+        load_vae(folder, device="cpu")
+
+
+def test_a_vae_whose_weights_are_no_numbers_is_refused(vae_folder, tmp_path):
+    vae = open_vae(vae_folder)
+    next(vae.model.parameters()).data.view(-1)[0] = math.nan
+    vae.model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"conv_in\.weight is not finite"):
+        load_vae(tmp_path, device="cpu")
+
+
+def test_the_vae_of_a_pipeline_folder_is_found(vae_folder, tmp_path):
+    shutil.copytree(vae_folder, tmp_path / "pipeline" / "vae")
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    found, expected = open_vae(tmp_path / "pipeline"), open_vae(vae_folder)
+    images = torch.zeros(1, 3, 32, 32)
+    assert torch.equal(found.moments(images)[0], expected.moments(images)[0])
+
+
+def write_hub_cache(root, repository, files):
+    """Lay files out as huggingface_hub keeps what it downloaded."""
+    folder = root / f"models--{repository.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(files, folder / "snapshots" / ("0" * 40))
+
+
+@pytest.mark.parametrize("subfolder", ["", "vae"])
+def test_a_downloaded_vae_loads_without_a_network(vae_folder, tmp_path, monkeypatch, subfolder):
+    (tmp_path / "files").mkdir()
+    shutil.copytree(vae_folder, tmp_path / "files" / subfolder, dirs_exist_ok=True)
+    write_hub_cache(tmp_path / "hub", "someone/vae", tmp_path / "files")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(data, "why_unreachable", lambda url: "no network")
+    assert open_vae("someone/vae").channels == 4
+
+
+def test_no_network_says_what_to_give_instead_at_once(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"someone/vae: .*refused.*: give a folder saved by") as e:
+        load_vae("someone/vae", device="cpu")
+    assert time.monotonic() - began < 3 and "\n" not in str(e.value)
+
+
+def test_a_server_that_never_answers_is_given_up_after_the_time_allowed(monkeypatch):
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: time.sleep(5) or open(os.devnull))
+    began = time.monotonic()
+    assert why_unreachable("http://127.0.0.1:9", seconds=0.1) == "no answer within 0.1 s"
+    assert time.monotonic() - began < 1
 
 
 def test_no_vae_leaves_the_images_as_they_are():

@@ -1,7 +1,11 @@
 """The latent cache: what it holds, over ranks, after a kill; training from it as from images."""
 
 import json
+import os
+import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +16,11 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import encode_latents
+from common.errors import FileError, UserError
+from common.files import DamagedFileError, file_crc32
 from data import VAE, load_dataset, load_vae, make_loader
-from latent_cache import CachedLatents
+from latent_cache import CachedLatents, open_data
+from latent_index import cache_index
 from train import DdpTrainer
 from train_loop import launch
 from train_utils import build_parser
@@ -97,7 +104,8 @@ def test_shards_are_mapped_not_read(cache: Path) -> None:
     found = CachedLatents(cache)
     found.moments([(0, False), (9, True)])
     assert sorted(found._shards) == [0, 2]
-    assert all(isinstance(shard, np.memmap) for shard in found._shards.values())
+    maps = Path("/proc/self/maps").read_text()
+    assert all(str(cache / f"shard-0000{shard}.npy") in maps for shard in (0, 2))
 
 
 def test_two_ranks_write_the_same_bytes(inputs: Path, cache: Path, tmp_path: Path) -> None:
@@ -129,7 +137,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert encoded == [0, -1, 1, 2] and contents(tmp_path / "cache") == contents(cache)
 
 
-def test_bad_images_are_listed_and_left_out(
+def test_unreadable_images_are_listed_and_left_out(
     inputs: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(inputs / "images", tmp_path / "images")
@@ -164,14 +172,14 @@ def test_another_command_is_refused(
     more: list[str], message: str, inputs: Path, cache: Path
 ) -> None:
     before = contents(cache)
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(UserError, match=message):
         encode(inputs, cache, "--dtype", "float32", *more)
     assert contents(cache) == before
 
 
 def test_a_folder_of_something_else_is_left_alone(inputs: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(SystemExit, match="exists and is not a latent cache"):
+    with pytest.raises(UserError, match="exists and is not a latent cache"):
         encode(inputs, tmp_path)
 
 
@@ -181,8 +189,181 @@ def test_a_finished_cache_is_checked_against_the_images(
     folder = Path(shutil.copytree(cache, tmp_path / "cache"))
     for path in folder.glob("shard-*.npy"):
         np.save(path, np.load(path) + 1)
-    with pytest.raises(SystemExit, match="encoded again are not what the cache has"):
+    with pytest.raises(UserError, match="encoded again are not what the cache has"):
         encode(inputs, folder, "--dtype", "float32")
+
+
+# ------------------------------------------------------------------------------ what is broken
+
+
+def copy_of(cache: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(cache, tmp_path / "copy"))
+
+
+def rewrite(folder: Path, **entries: object) -> None:
+    """Change entries of an index; None takes one out."""
+    index = json.loads((folder / "index.json").read_text()) | entries
+    index = {name: value for name, value in index.items() if value is not None}
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("name", ["shard-00001.npy", "labels.npy"])
+def test_a_flipped_bit_of_a_cache_is_found_when_a_run_opens_it(
+    name: str, cache: Path, tmp_path: Path
+) -> None:
+    folder = copy_of(cache, tmp_path)
+    content = bytearray((folder / name).read_bytes())
+    content[-8] ^= 1  # of a label: another class
+    (folder / name).write_bytes(content)
+    with pytest.raises(DamagedFileError, match=rf"{name} is damaged: its CRC-32"):
+        open_data(str(folder), device="cpu")
+
+
+def test_the_ranks_of_a_node_share_the_checksums(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = CachedLatents(cache)
+    verified: list[str] = []
+    monkeypatch.setattr("latent_cache.verify_file", lambda path, _: verified.append(path.name))
+    for rank in range(3):
+        found.verify(rank, 3)
+    assert sorted(verified) == sorted(found.index["checksums"])
+    found.moments([(index, False) for index in range(10)])
+    assert len(verified) == 4  # three shards and the labels, once each, none by a batch
+
+
+def test_a_cache_of_before_checksums_stays_readable(cache: Path, tmp_path: Path) -> None:
+    folder = copy_of(cache, tmp_path)
+    rewrite(folder, version=1, bad=[{"index": 3, "error": "cut"}], unreadable=None, checksums=None)
+    dataset = open_data(str(folder), device="cpu").dataset
+    assert len(dataset) == 9 and load_dataset(folder).labels.tolist() == dataset.labels.tolist()
+
+
+def test_a_missing_short_or_other_shard_is_named_at_the_start(cache: Path, tmp_path: Path) -> None:
+    folder = copy_of(cache, tmp_path)
+    path = folder / "shard-00002.npy"
+    whole = path.read_bytes()
+    path.unlink()
+    with pytest.raises(FileError, match=r"shard-00002\.npy is missing"):
+        CachedLatents(folder)
+    path.write_bytes(whole[:-1])
+    with pytest.raises(FileError, match=r"shard-00002\.npy is damaged: \d+ bytes instead of"):
+        CachedLatents(folder)
+    path.write_bytes(whole[:20])
+    with pytest.raises(FileError, match=r"shard-00002\.npy is damaged"):
+        CachedLatents(folder)
+    np.save(path, np.zeros((2, 2, 2, 4, 4, 4)))
+    with pytest.raises(FileError, match=r"holds float64 \(2, 2, 2, 4, 4, 4\), not float32"):
+        CachedLatents(folder)
+    np.save(path, np.array([{}]), allow_pickle=True)
+    with pytest.raises(FileError, match="Python objects"):
+        CachedLatents(folder)
+
+
+def test_labels_that_are_missing_or_of_another_kind_are_named(cache: Path, tmp_path: Path) -> None:
+    folder = copy_of(cache, tmp_path)
+    np.save(folder / "labels.npy", np.zeros(10))
+    with pytest.raises(FileError, match=r"labels\.npy holds float64 \(10,\), not int64"):
+        CachedLatents(folder)
+    np.save(folder / "labels.npy", np.array([{}] * 10), allow_pickle=True)
+    with pytest.raises(FileError, match=r"labels\.npy is damaged: Object arrays"):
+        CachedLatents(folder)
+    (folder / "labels.npy").unlink()
+    with pytest.raises(FileError, match=r"labels\.npy is missing"):
+        CachedLatents(folder)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"shard_size": "4"}, "shard_size is '4', not a positive integer"),
+        ({"num_images": -1}, "num_images is -1, not a positive integer"),
+        ({"latent_shape": [4, 4]}, r"latent_shape is \[4, 4\], not three positive integers"),
+        ({"class_names": "cats"}, "class_names is 'cats', not a list of names"),
+        ({"dtype": "int8"}, "dtype is 'int8', not one of float16"),
+        ({"complete": 1}, "complete is 1, not true or false"),
+        ({"unreadable": [{"index": 10, "error": ""}]}, "unreadable names image 10 of 10"),
+        ({"unreadable": [3]}, r"unreadable is \[3\], not a list of"),
+        ({"vae": None}, "vae is None, not a text"),
+        ({"data_path": "../images"}, r"data_path is '\.\./images', not an absolute path"),
+        ({"data_path": "/data/../etc"}, "not an absolute path without"),
+        ({"version": 99}, "version 99, this code reads 1 to 2"),
+        ({"version": "2"}, "version '2', this code reads"),
+    ],
+)
+def test_a_wrong_entry_of_an_index_is_one_line(
+    entries: dict, message: str, cache: Path, tmp_path: Path
+) -> None:
+    folder = copy_of(cache, tmp_path)
+    rewrite(folder, **entries)
+    for open_it in (CachedLatents, load_dataset):
+        with pytest.raises(FileError, match=message) as caught:
+            open_it(folder)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../labels.npy", "/etc/passwd", "shard-00003.npy"])
+def test_an_index_leads_to_no_file_outside_its_folder(
+    name: str, cache: Path, tmp_path: Path
+) -> None:
+    folder = copy_of(cache, tmp_path)
+    shutil.copy(cache / "labels.npy", tmp_path)
+    checksums = json.loads((folder / "index.json").read_text())["checksums"]
+    rewrite(folder, checksums=checksums | {name: file_crc32(cache / "labels.npy")})
+    with pytest.raises(FileError, match=f"checksums has, or lacks, '{name}'"):
+        CachedLatents(folder)
+
+
+def test_many_shards_are_read_with_few_files_open(
+    inputs: Path, cache: Path, tmp_path: Path
+) -> None:
+    folder = copy_of(cache, tmp_path)
+    index = cache_index(folder)
+    assert index is not None
+    rewrite(folder, num_images=200, shard_size=1, checksums=None, dtype="float16")
+    np.save(folder / "labels.npy", np.arange(200) % 2)
+    for shard in range(200):
+        row = torch.full((1, 2, 2, 4, 4, 4), float(shard)).half().view(torch.int16).numpy()
+        np.save(folder / f"shard-{shard:05d}.npy", row)
+    code = (
+        "import sys; from pathlib import Path; from latent_cache import CachedLatents\n"
+        "found = CachedLatents(Path(sys.argv[1]))\n"
+        "keys = [(index, False) for index in range(200)]\n"
+        "print(*found.moments(keys).mean(dim=(1, 2, 3, 4)).int().tolist())"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": "."},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)),
+    )
+    assert run.stdout.split() == [str(shard) for shard in range(200)], run.stderr
+
+
+def test_a_failing_disk_is_not_taken_for_a_broken_image(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path, image_size):
+        raise FileError(f"cannot read the image file {path}: Input/output error")
+
+    monkeypatch.setattr("data.read_square", fail)
+    with pytest.raises(FileError, match=r"0\.png: Input/output error"):
+        encode(inputs, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("shard*"))
+
+
+def test_an_output_that_cannot_be_written_is_named(inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="exists and is not a latent cache"):
+        encode(inputs, tmp_path / "file")
+    with pytest.raises(OSError, match=r"could not write .*file/cache/index\.json"):
+        encode(inputs, tmp_path / "file" / "cache")
+
+
+def test_a_cache_is_not_encoded_again(inputs: Path, cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--data-path .*cache is not an image folder"):
+        encode(inputs, tmp_path / "cache", "--data-path", str(cache))
 
 
 # ------------------------------------------------------------------------------ training
