@@ -3,6 +3,7 @@
     python expert_data.py --ckpt results/demo --out results/routing.npz
     torchrun --nproc_per_node 8 expert_data.py --ckpt dit_moe_s_8E2A.pt --num-per-class 50
     python expert_data.py --ckpt results/demo --real --out results/real.npz
+    python expert_data.py --ckpt results/demo --image a.png b.png --labels 3 7 --out ab.npz
     python expert_data.py --merge a.npz b.npz --out all.npz
 
 Counts are exact integers, the same for any number of ranks, and take no more room for more images.
@@ -11,8 +12,8 @@ heatmap_class.py, heatmap_layer.py and expert_report.py draw it.
 """
 
 import argparse
+import hashlib
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import checkpoint_hash
+from checkpoint import checkpoint_hash, latest_checkpoint
+from class_images import first_of_each, open_pictures, open_with_classes
 from common import process
+from common.errors import FileError, UserError, blamed_on, one_line_errors, printable
+from common.files import make_writable
 from common.flags import FlagParser, flag, number, sampling_flags, sampling_options
-from data import VAE, ImageDataset, Pixels, load_dataset, load_vae
-from diffusion import Diffusion, create_diffusion
+from common.labels import label_numbers
+from data import VAE, ImageDataset
+from diffusion import Diffusion
 from latent_cache import vae_identity
-from models import DiT
 from routing import RoutingRecorder
 from routing_data import (
     ADDED,
     FORMAT,
+    MEANINGS,
+    TABLES,
     VERSION,
     RoutingData,
     comparable,
@@ -40,9 +46,10 @@ from routing_data import (
     measure,
     measure_all,
     merge,
+    refuse_foreign,
     save_table,
 )
-from weights import find_objective, load_model, load_settings
+from sampling.opening import DrawingRun, drawing_flags, drawing_options, open_run
 
 PRINTED = (
     *("nmi_class", "nmi_step", "nmi_patch", "entropy", "entropy_early", "entropy_middle"),
@@ -54,80 +61,163 @@ def build_parser() -> FlagParser:
     """Return the parser of this script's flags."""
     parser = FlagParser(__doc__)
     data = parser.group("Data")
-    data.add("--ckpt", help="checkpoint, run folder or published weights")
-    data.add("--merge", nargs="+", metavar="NPZ", help="add up these files instead")
-    data.add("--out", default="results/routing.npz", help="file to write; its table beside it")
-    data.add("--labels", nargs="+", type=number(int, 0), help="class numbers; default: all")
-    data.add("--num-per-class", type=number(int, 1), default=50, help="images of each class")
-    data.add("--raw-samples", type=number(int, 0), default=10, help="images to keep whole")
-    data.add("--vae-path", help="folder or hub id; default: the checkpoint's")
+    data.add("--ckpt", help="Checkpoint, run folder (its latest) or published weights to look at.")
+    data.add("--merge", nargs="+", metavar="NPZ", help="Add up these files of this script instead.")
+    data.add(
+        "--out",
+        default="results/routing.npz",
+        metavar="NPZ",
+        help="File to write, .npz; its table is written beside it as .csv and .json.",
+    )
+    data.add(
+        "--labels",
+        nargs="+",
+        metavar="CLASS",
+        help="Numbers or names of the classes to draw, or of the class of each --image. Default: "
+        "all that have a name or images.",
+    )
+    data.add(
+        "--num-per-class",
+        type=number(int, 1, 10**9),
+        default=50,
+        metavar="N",
+        help="Number of images of each class.",
+    )
+    data.add(
+        "--traced-samples",
+        "--raw-samples",
+        "--raw_samples",
+        type=number(int, 0, 10**9),
+        default=10,
+        metavar="N",
+        help="Number of images of which picture and every choice are kept, for --by sample.",
+    )
+    data.add("--vae-path", help="Folder or hub id of the autoencoder. Default: the checkpoint's.")
 
     real = parser.group("Real images")
-    real.add("--real", default=False, **flag, help="route noised data instead of sampling")
-    real.add("--data-path", help="default: the checkpoint's; folder, digits or fashion-mnist")
-    real.add("--fashion-mnist-root", help="folder of the idx files; default: the checkpoint's")
-    real.add("--times", nargs="+", type=number(float, 0, 1), help="t; default: the sampler's")
+    real.add("--real", default=False, **flag, help="Route noised data instead of sampling.")
+    real.add("--image", nargs="+", metavar="FILE", help="Route these pictures, cut to a square.")
+    real.add(
+        "--data-path",
+        help="Image folder, digits or fashion-mnist; the classes of a folder are found by name. "
+        "Default: the checkpoint's.",
+    )
+    real.add(
+        "--fashion-mnist-root", help="Folder of the four idx files. Default: the checkpoint's."
+    )
+    real.add(
+        "--times",
+        nargs="+",
+        type=number(float, 0, 1),
+        metavar="T",
+        help="Noise levels t, 0 = picture and 1 = noise. Default: those of the sampler's steps.",
+    )
 
-    model = parser.group("Model")
-    model.add("--rf", default=None, **flag, help="objective of a published file; ours tell")
-    model.add("--ema", default=True, **flag, help="averaged weights")
-    model.add("--dtype", choices=list(process.DTYPES), help="of the weights; default: by hardware")
-
+    drawing_flags(parser, quantize=False, offload=False)
     sampling = sampling_flags(parser)
-    sampling.add("--max-batches", type=number(int, 1), help="stop after so many per rank")
+    sampling.add(
+        "--max-batches", type=number(int, 1, 10**9), metavar="N", help="Stop after N per rank."
+    )
     return parser
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that do not go together and names of files that are taken, before any work.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    out = Path(args.out)
+    if (args.ckpt is None) == (args.merge is None):
+        raise UserError("--ckpt or --merge: give one of them")
+    if out.suffix != ".npz":
+        raise UserError(f"--out {out}: expected a name that ends in .npz; .csv and .json go beside")
+    if args.merge and out.exists():
+        raise FileError(f"--out {out} exists; choose another name or delete it")
+    for suffix, marker in TABLES.items():
+        refuse_foreign(out.with_suffix(suffix), marker)
+    make_writable(out.parent, "--out")
+    if args.real and args.image:
+        raise UserError("--real or --image: give one of them")
+    if args.times and not (args.real or args.image):
+        raise UserError("--times: only with --real or --image; sampling takes the sampler's own")
+    if args.image and len(args.labels or []) not in (1, len(args.image)):
+        raise UserError(
+            f"--image needs --labels: one class for all or one for each of {len(args.image)} files"
+        )
+    low, high = args.cfg_interval
+    if low > high:
+        raise UserError(f"--cfg-interval {low:g} {high:g}: expected LOW <= HIGH")
 
 
 # ------------------------------------------------------------------------------ what to run
 
 
 def model_times(args: argparse.Namespace, diffusion: Diffusion) -> list[float]:
-    """Return the model time of each step: `--times`, else the sampler's."""
+    """Return the model time of each step, falling: `--times`, else the sampler's."""
     if args.times:
         scale = diffusion.time_scale
-        return [min(round(t * scale), scale - 1) if scale > 1 else t for t in args.times]
-    return [t for t, _ in diffusion.steps(args.sampler, args.num_sampling_steps, None)]
+        times = sorted(args.times, reverse=True)
+        return [min(round(t * scale), scale - 1) if scale > 1 else t for t in times]
+    with blamed_on(f"--num-sampling-steps {args.num_sampling_steps}"):
+        return [t for t, _ in diffusion.steps(args.sampler, args.num_sampling_steps, None)]
 
 
-def describe(
-    args: argparse.Namespace, model: DiT, settings: dict[str, Any], vae: VAE | Pixels
-) -> dict[str, Any]:
-    """Return the metadata of this run, before its first image; fills in defaults of `args`."""
-    config, objective = model.config, find_objective(settings, model.config, args.rf)
-    diffusion = create_diffusion(objective, learn_sigma=config.learn_sigma)
+def resolve(args: argparse.Namespace, run: DrawingRun, images: ImageDataset | None) -> None:
+    """Replace what `args` leaves to the checkpoint: sampler, number of steps, class numbers.
+
+    Args:
+        args: flags.
+        run: the checkpoint.
+        images: to route, None to sample.
+
+    Raises:
+        UserError: naming the flag that does not fit.
+    """
+    diffusion, num_classes = run.diffusion, run.config.num_classes
     args.sampler = args.sampler or diffusion.default_sampler
     if args.sampler not in diffusion.samplers:
         accepted = ", ".join(diffusion.samplers)
-        raise ValueError(f"--sampler {args.sampler}: {objective} accepts {accepted}")
-    if args.times and not args.real:
-        raise ValueError("--times: only with --real; sampling takes the sampler's own times")
+        raise UserError(f"--sampler {args.sampler}: {diffusion.objective} accepts {accepted}")
     default_steps = diffusion.default_num_steps[args.sampler]
     args.num_sampling_steps = args.num_sampling_steps or default_steps
-    args.labels = args.labels or list(range(config.num_classes))
-    if max(args.labels) >= config.num_classes or len(set(args.labels)) < len(args.labels):
-        raise ValueError(
-            f"--labels {max(args.labels)}: expected different numbers in "
-            f"[0, {config.num_classes - 1}]"
-        )
-    source = {"path": str(args.ckpt), "sha256": checkpoint_hash(args.ckpt), "ema": args.ema}
-    run = {"seed": args.seed, "labels": args.labels, "batch_size": args.batch_size}
-    run |= {"num_images": args.num_per_class * len(args.labels), "images_done": 0}
+    if args.labels is None:
+        present = images.labels.unique().tolist() if images is not None else None
+        args.labels = present or list(range(min(len(run.class_names) or num_classes, num_classes)))
+        return
+    labels = label_numbers(args.labels, num_classes, run.class_names)
+    if args.image:
+        labels *= len(args.image) // len(labels)
+    elif twice := [label for i, label in enumerate(labels) if label in labels[:i]]:
+        raise UserError(f"--labels: class {twice[0]} is there twice; expected different classes")
+    args.labels = labels
+
+
+def describe(
+    args: argparse.Namespace, run: DrawingRun, checkpoint: dict[str, str]
+) -> dict[str, Any]:
+    """Return the metadata of this run, before its first image."""
+    images = {"seed": args.seed, "labels": args.labels, "batch_size": args.batch_size}
+    images |= {"num_images": args.num_per_class * len(args.labels), "images_done": 0}
+    if args.image:
+        hashes = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in args.image]
+        images |= {"pictures": hashes, "num_images": len(hashes)}
     return {
         "format": FORMAT,
         "version": VERSION,
-        "config": config.to_dict(),
-        "checkpoint": source | {"dtype": str(model.dtype)},
-        "objective": objective,
-        "source": "real" if args.real else "samples",
-        "vae": vae_identity(vae),
-        "data_path": (args.data_path or settings.get("data_path")) if args.real else None,
+        "config": run.config.to_dict(),
+        "checkpoint": checkpoint | {"ema": args.ema, "dtype": str(run.model.dtype)},
+        "objective": run.diffusion.objective,
+        "source": "real" if args.real or args.image else "samples",
+        "vae": vae_identity(run.vae),
+        "data_path": args.data_path if args.real else None,
         "sampler": args.sampler,
-        "num_steps": len(model_times(args, diffusion)),
+        "num_steps": len(model_times(args, run.diffusion)),
         "cfg_scale": args.cfg_scale,
         "cfg_channels": args.cfg_channels,
         "cfg_interval": list(args.cfg_interval),
-        "class_names": settings.get("class_names", []),
-        "runs": [run],
+        "class_names": run.class_names,
+        "runs": [images],
     }
 
 
@@ -135,7 +225,7 @@ def open_data(path: str, empty: RoutingData) -> RoutingData:
     """Return what an interrupted run of the same command wrote, else the empty tables.
 
     Raises:
-        ValueError: if the file is of another command.
+        FileError: if the file is of another command, or of something else.
     """
     if not Path(path).exists():
         return empty
@@ -146,15 +236,15 @@ def open_data(path: str, empty: RoutingData) -> RoutingData:
     if not different and not torch.equal(found.times, empty.times):
         different = ["times"]
     if different or len(found.meta["runs"]) > 1 or found.raw_ids.shape != empty.raw_ids.shape:
-        key = different[0] if different else "the number of runs or raw samples"
-        raise ValueError(f"--out {path} exists and {key} differs; choose another name or delete it")
+        key = different[0] if different else "the number of runs or traced samples"
+        raise FileError(f"--out {path} exists and {key} differs; choose another name or delete it")
     return found
 
 
 # ------------------------------------------------------------------------------ running it
 
 
-class Router:
+class RoutingRun:
     """Send batches of images through a model: sample them, or noise real ones.
 
     The noise of a batch depends on the seed and the number of its first image, so it does not
@@ -164,33 +254,31 @@ class Router:
     def __init__(
         self,
         args: argparse.Namespace,
-        model: DiT,
-        diffusion: Diffusion,
+        run: DrawingRun,
         recorder: RoutingRecorder,
-        vae: VAE | Pixels,
+        images: ImageDataset | None,
     ) -> None:
-        self.args, self.model, self.diffusion = args, model, diffusion
-        self.recorder, self.vae, self.device = recorder, vae, recorder.device
-        self.times = model_times(args, diffusion)
-        if args.real:
-            size = model.config.input_size * vae.downsample
-            self.dataset = load_dataset(
-                args.data_path, image_size=size, fashion_mnist_root=args.fashion_mnist_root
-            )
-            self.indices = pick_images(self.dataset, args)
+        self.args, self.model, self.diffusion, self.vae = args, run.model, run.diffusion, run.vae
+        self.recorder, self.device = recorder, recorder.device
+        self.times = model_times(args, run.diffusion)
+        self.dataset = images
+        if args.real and images is not None:
+            self.indices = first_of_each(images, args.data_path, args.labels, args.num_per_class)
+        elif images is not None:
+            self.indices = torch.arange(len(images))
 
     def labels(self, first: int, stop: int) -> Tensor:
         """Return the classes of images first..stop-1: classes take turns."""
         choices = self.args.labels
-        return torch.tensor([choices[i % len(choices)] for i in range(first, stop)])
+        return torch.tensor([choices[i % len(choices)] for i in range(first, stop)]).long()
 
-    def run(self, first: int, stop: int, num_raw: int, on_step: Callable[[], Any]) -> Tensor:
-        """Route images first..stop-1; returns the first `num_raw`, (R, C, H, W) in [-1, 1].
+    def route(self, first: int, stop: int, num_traced: int, on_step: Callable[[], Any]) -> Tensor:
+        """Route images first..stop-1; returns the first `num_traced`, (R, C, H, W) in [-1, 1].
 
         Args:
             first: number of the first image among all.
             stop: number after the last one.
-            num_raw: R, images to return; the others are not decoded.
+            num_traced: R, images to return; the others are not decoded.
             on_step: called once per step.
         """
         seed = int(np.random.SeedSequence([self.args.seed, first]).generate_state(1)[0])
@@ -204,14 +292,14 @@ class Router:
             self.recorder.at_step(step)
             on_step()
 
-        if not self.args.real:
-            latents = self._sample(noise, y, generator, at_step)[:num_raw]
-            return self.vae.decode(latents) if num_raw else latents
+        if self.dataset is None:
+            latents = self._sample(noise, y, generator, at_step)[:num_traced]
+            return self.vae.decode(latents) if num_traced else latents
         keys = [(int(i), False) for i in self.indices[first:stop]]
         images = self.dataset.__getitems__(keys)[0].to(self.device)
         encoder_generator = torch.Generator(self.device).manual_seed(seed)
         self._route_noised(self.vae.encode(images, encoder_generator), noise, y, at_step)
-        return images[:num_raw]
+        return images[:num_traced]
 
     def _sample(
         self, noise: Tensor, y: Tensor, generator: torch.Generator, at_step: Callable
@@ -238,114 +326,147 @@ class Router:
             self.model(x_t.repeat(copies, 1, 1, 1), t.repeat(copies), labels)
 
 
-def pick_images(dataset: ImageDataset, args: argparse.Namespace) -> Tensor:
-    """Return the first images of each class in the order of `Router.labels`, as indices.
-
-    Raises:
-        ValueError: if a class has too few.
-    """
-    columns = []
-    for label in args.labels:
-        found = (dataset.labels == label).nonzero().flatten()
-        if len(found) < args.num_per_class:
-            raise ValueError(
-                f"--num-per-class {args.num_per_class}: class {label} of {args.data_path} has "
-                f"{len(found)} images"
-            )
-        columns.append(found[: args.num_per_class])
-    return torch.stack(columns, dim=1).flatten()
-
-
-def collect(router: Router, data: RoutingData, run: process.Runtime) -> RoutingData:
+def collect(routing_run: RoutingRun, data: RoutingData, rt: process.Runtime) -> RoutingData:
     """Route all images that `data` lacks, sharing batches over the ranks; saves as it goes."""
-    args, recorder = router.args, router.recorder
+    args, recorder = routing_run.args, routing_run.recorder
     num_images, size = data.meta["runs"][0]["num_images"], args.batch_size
-    starts = list(range(process.from_main(data.images_done), num_images, size))
-    rounds = math.ceil(len(starts) / run.world_size)
+    starts = range(process.from_main(data.images_done), num_images, size)
+    rounds = math.ceil(len(starts) / rt.world_size)
     rounds = min(rounds, args.max_batches or rounds)
-    tables = recorder.tables | {"raw_images": torch.zeros_like(data.raw_images, device=run.device)}
-    mine = starts[run.rank :: run.world_size][:rounds]
-    with tqdm(
-        total=len(mine) * len(router.times), desc="routing", unit="step", disable=not run.is_main
-    ) as bar:
+    tables = recorder.tables | {"raw_images": torch.zeros_like(data.raw_images, device=rt.device)}
+    mine = starts[rt.rank :: rt.world_size][:rounds]
+    steps = len(mine) * len(routing_run.times)
+    with tqdm(total=steps, desc="routing", unit="step", disable=not rt.is_main) as bar:
         for done in range(rounds):
             if done < len(mine):
                 first, stop = mine[done], min(mine[done] + size, num_images)
-                raw = len(tables["raw_images"][first:stop])
-                images = router.run(first, stop, raw, bar.update)
-                if raw:
+                num_traced = len(tables["raw_images"][first:stop])
+                images = routing_run.route(first, stop, num_traced, bar.update)
+                if num_traced:
                     pixels = ((images + 1) * 127.5).round().to(torch.uint8)
-                    tables["raw_images"][first : first + raw] = pixels
+                    tables["raw_images"][first : first + num_traced] = pixels
             for name, table in tables.items():
                 process.sum_over_ranks(table)
                 getattr(data, name).add_(table.cpu())
                 table.zero_()
-            last = starts[min((done + 1) * run.world_size, len(starts)) - 1]
+            last = starts[min((done + 1) * rt.world_size, len(starts)) - 1]
             data.meta["runs"][0]["images_done"] = min(last + size, num_images)
-            if run.is_main:
+            if rt.is_main:
                 data.save(args.out)
     return data
 
 
-def count_experts(args: argparse.Namespace, run: process.Runtime) -> RoutingData:
+def find_checkpoint(ckpt: str) -> dict[str, str]:
+    """Return the file or folder that `--ckpt` means now, its hash and what it was called.
+
+    A live run may write another meanwhile: what is hashed is what is loaded, on every rank.
+    """
+    path = Path(ckpt)
+    if path.is_dir():
+        path = latest_checkpoint(path) or path
+    if not path.exists():
+        raise FileError(f"--ckpt: no such file: {path}")
+    return {"path": ckpt, "file": str(path), "sha256": checkpoint_hash(path)}
+
+
+def count_experts(args: argparse.Namespace, rt: process.Runtime) -> RoutingData:
     """Load the checkpoint, then continue or make the file."""
-    settings = load_settings(args.ckpt)
-    dtype = process.pick_dtype(args.dtype, run.device)
-    model = load_model(args.ckpt, ema=args.ema, dtype=dtype, device=run.device)
-    config = model.config
+    found = process.from_main(find_checkpoint(args.ckpt) if rt.is_main else None)
+    run = open_run(found["file"], device=rt.device, **drawing_options(args))
+    config = run.config
     if config.num_experts == 0:
-        raise ValueError(f"--ckpt {args.ckpt} is a dense model: it has no experts to count")
-    args.data_path = args.data_path or settings.get("data_path")
-    args.fashion_mnist_root = args.fashion_mnist_root or settings.get("fashion_mnist_root")
-    if args.real and not args.data_path:
-        raise ValueError("--real needs --data-path: this checkpoint does not say its data")
-    vae_path = args.vae_path or settings.get("vae_path") or "stabilityai/sd-vae-ft-ema"
-    vae = load_vae(vae_path, device=run.device, model_channels=config.in_channels)
-    meta = describe(args, model, settings, vae)
-    diffusion = create_diffusion(
-        meta["objective"], learn_sigma=config.learn_sigma, x0_range=vae.x0_range
-    )
-    num_raw = min(args.raw_samples, meta["runs"][0]["num_images"])
-    recorder = RoutingRecorder(model, meta["num_steps"], num_raw)
-    router = Router(args, model, diffusion, recorder, vae)
-    channels = vae.image_channels if isinstance(vae, VAE) else config.in_channels
-    pixels = config.input_size * vae.downsample
+        raise UserError(f"--ckpt {args.ckpt} is a dense model: it has no experts to count")
+    images = open_images(args, run)
+    resolve(args, run, images)
+    meta = describe(args, run, found)
+    num_traced = min(args.traced_samples, meta["runs"][0]["num_images"])
+    check_tables(args, run, meta["num_steps"], num_traced)
+    recorder = RoutingRecorder(run.model, meta["num_steps"], num_traced)
+    routing_run = RoutingRun(args, run, recorder, images)
     tables = {name: recorder.tables[name].clone().cpu() for name in (*ADDED, "raw_ids")}
     empty = RoutingData(
         meta=meta,
-        times=torch.tensor(router.times, dtype=torch.float64) / diffusion.time_scale,
-        raw_labels=router.labels(0, num_raw),
-        raw_images=torch.zeros(num_raw, channels, pixels, pixels, dtype=torch.uint8),
+        times=torch.tensor(routing_run.times, dtype=torch.float64) / run.diffusion.time_scale,
+        raw_labels=routing_run.labels(0, num_traced),
+        raw_images=torch.zeros(num_traced, *image_shape(run), dtype=torch.uint8),
         **tables,
     )
     # Every rank opens the file, so that all of them refuse it; where to start, the main one says.
-    return collect(router, open_data(args.out, empty), run)
+    return collect(routing_run, open_data(args.out, empty), rt)
+
+
+def image_shape(run: DrawingRun) -> tuple[int, int, int]:
+    """Return (C, S, S) of the images that a checkpoint draws."""
+    vae = run.vae
+    channels = vae.image_channels if isinstance(vae, VAE) else run.config.in_channels
+    return channels, run.image_size, run.image_size
+
+
+def open_images(args: argparse.Namespace, run: DrawingRun) -> ImageDataset | None:
+    """Return the images of `--real` or `--image`, None to sample; fills in where the data are."""
+    channels, size, _ = image_shape(run)
+    if args.image:
+        return open_pictures(args.image, size, channels)
+    if not args.real:
+        return None
+    args.data_path = args.data_path or run.settings.get("data_path")
+    args.fashion_mnist_root = args.fashion_mnist_root or run.settings.get("fashion_mnist_root")
+    if not args.data_path:
+        raise UserError("--real needs --data-path: this checkpoint does not say its data")
+    images = open_with_classes(
+        *(args.data_path, size, run.config.num_classes, run.class_names, args.fashion_mnist_root)
+    )
+    if images.channels != channels:
+        has = f"images of {images.channels} channels, the model {channels}"
+        raise UserError(f"--data-path {args.data_path} has {has}")
+    return images
+
+
+def check_tables(
+    args: argparse.Namespace, run: DrawingRun, num_steps: int, num_traced: int
+) -> None:
+    """Refuse tables that this machine has no memory for.
+
+    Raises:
+        UserError: naming the flag that makes them large.
+    """
+    config = run.config
+    num_tokens = (config.input_size // config.patch_size) ** 2
+    choices = num_steps * config.depth * config.num_experts_per_tok * num_tokens  # a byte each
+    traced = num_traced * (choices + math.prod(image_shape(run)))
+    counts = num_steps * config.depth * config.num_experts * 2 * 2 * 8  # by_step, probs; 2 halves
+    copies = 2  # of this batch, of all
+    process.check_memory(copies * traced, f"--traced-samples {args.traced_samples}")
+    process.check_memory(copies * counts, f"--num-sampling-steps {args.num_sampling_steps}")
+
+
+def print_summary(data: RoutingData, out: str) -> None:
+    """Say what was counted, its measures by layer, and what they mean."""
+    wanted = sum(part["num_images"] for part in data.meta["runs"])
+    print(data.title)
+    rows = measure(data)
+    print(format_table(rows, [name for name in PRINTED if name in rows[0]]))
+    for name, meaning in MEANINGS.items():
+        print(f"  {name}: {meaning}")
+    print(printable(f"{data.images_done:,} of {wanted:,} images: {out}, .csv and .json beside it"))
 
 
 def main(args: argparse.Namespace) -> None:
     """Count or merge; print and save the table."""
-    run = process.setup(process.LONG_WAIT)
-    try:
-        if (args.ckpt is None) == (args.merge is None):
-            raise ValueError("--ckpt or --merge: give one of them")
-        if args.merge:
-            if Path(args.out).exists():
-                raise ValueError(f"--out {args.out} exists; choose another name or delete it")
-            data = merge([RoutingData.load(path) for path in args.merge])
+    rt = process.setup(process.LONG_WAIT)
+    check_flags(args)
+    if args.merge:
+        data = merge([RoutingData.load(path) for path in args.merge])
+        if rt.is_main:
             data.save(args.out)
-        else:
-            data = count_experts(args, run)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"expert_data.py: error: {error}")
-    if run.is_main:
+    else:
+        data = count_experts(args, rt)
+    if rt.is_main:
         save_table(measure_all(data), args.out)
-        wanted = sum(part["num_images"] for part in data.meta["runs"])
-        print(data.title)
-        rows = measure(data)
-        print(format_table(rows, [name for name in PRINTED if name in rows[0]]))
-        print(f"{data.images_done:,} of {wanted:,} images: {args.out}, .csv and .json beside it")
+        print_summary(data, args.out)
     process.finish()
 
 
 if __name__ == "__main__":
-    main(build_parser().parse_args())
+    with one_line_errors():
+        main(build_parser().parse_args())

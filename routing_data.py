@@ -1,16 +1,20 @@
 """The routing data of a model as a file: exact counts with what made them, merged and measured.
 
-`RoutingData` is one .npz that `expert_data.py` writes and the figures read; `measure` turns it into
-the table beside the pictures.
+`RoutingData` is one .npz that `expert_data.py` writes and the figures read; a file may come from
+anybody, so `load` looks at all of it before it believes any. `measure` turns it into the table
+beside the pictures.
 
-Shapes: L layers, E experts, K experts per token, T tokens per image, S sampling steps, R images
-kept whole; the axis of length 2 is conditional, unconditional (see `HALVES`).
+Shapes: X classes, L layers, E experts, K experts per token, T tokens per image, S sampling steps, R
+images kept whole (C, H, W each); the axis of length 2 is conditional, unconditional (see `HALVES`).
 """
 
 import csv
 import dataclasses
 import json
+import math
+import struct
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common import process
+from common.errors import FileError, UserError, printable
 from common.files import atomic_write
 from models import DiTConfig
 from routing import (
@@ -35,6 +41,30 @@ HALVES = ("conditional", "unconditional")
 FACTORS = ("class", "step", "patch")
 ADDED = ("by_class", "by_step", "by_patch", "pairs", "probs", "rows")  # tables that a merge adds
 KEPT = ("raw_ids", "raw_labels", "raw_images")  # tables that a merge puts one after the other
+# What a file holds: its arrays, with a letter per axis (see above), and its metadata.
+ARRAYS: dict[str, tuple[str, type]] = {
+    "times": ("S", np.float64),
+    "by_class": ("2XLE", np.int64),
+    "by_step": ("2SLE", np.int64),
+    "by_patch": ("2TLE", np.int64),
+    "pairs": ("2LEE", np.int64),
+    "probs": ("2SLE", np.int64),
+    "rows": ("2S", np.int64),
+    "raw_ids": ("RSLTK", np.uint8),
+    "raw_labels": ("R", np.int64),
+    "raw_images": ("RCHW", np.uint8),
+}
+META = {
+    **{"config": dict, "checkpoint": dict, "source": str, "sampler": str, "num_steps": int},
+    **{"cfg_scale": int | float, "class_names": list, "runs": list},
+}
+RUN = {"seed": int, "labels": list, "num_images": int, "images_done": int}
+MAX_META_BYTES = 2**26
+MAX_NAME = 40  # characters of a name in figures and tables
+UNREADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error, struct.error),
+)
 
 
 @dataclasses.dataclass
@@ -69,8 +99,12 @@ class RoutingData:
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes, numbers where the checkpoint has none."""
-        return self.meta["class_names"] or [str(i) for i in range(self.by_class.shape[1])]
+        """Names of the classes as they may be shown, numbers where the checkpoint has none."""
+        names, num_classes = self.meta["class_names"], self.by_class.shape[1]
+        if not names:
+            return [str(i) for i in range(num_classes)]
+        more = [f"class {i}" for i in range(len(names), num_classes)]  # --num-classes was larger
+        return [*map(shown, names[:num_classes]), *more]
 
     @property
     def images_done(self) -> int:
@@ -81,24 +115,25 @@ class RoutingData:
     def title(self) -> str:
         """Say in a line what was counted."""
         config, meta = self.config, self.meta
-        how = f"{meta['sampler']}, {meta['num_steps']} steps, guidance {meta['cfg_scale']:g}"
+        sampler = shown(meta["sampler"])
+        how = f"{sampler}, {meta['num_steps']} steps, guidance {meta['cfg_scale']:g}"
         source = f"{self.images_done:,} samples ({how})"
         if meta["source"] == "real":
             source = f"{self.images_done:,} real images at {meta['num_steps']} noise levels"
         experts = f"{config.num_experts} experts, {config.num_experts_per_tok} per token"
-        return (
-            f"{Path(meta['checkpoint']['path']).name}: {config.depth} layers, {experts}; {source}"
-        )
+        name = shown(Path(meta["checkpoint"]["path"]).name)
+        return f"{name}: {config.depth} layers, {experts}; {source}"
 
     def counts(self, factor: str, half: str = "conditional") -> Tensor:
         """Return one table layer first, (L, X, E); classes that were not drawn are left out.
 
         Raises:
-            ValueError: if that half was not run.
+            UserError: if that half was not run.
         """
         index = HALVES.index(half)
         if self.rows[index].sum() == 0:
-            raise ValueError(f"--half {half}: no image was routed without its class here")
+            without = "without" if index else "with"
+            raise UserError(f"--half {half}: no image was routed {without} its class here")
         table = getattr(self, f"by_{factor}")[index].transpose(0, 1)
         return table[:, self.drawn_classes] if factor == "class" else table
 
@@ -114,37 +149,174 @@ class RoutingData:
 
     def save(self, path: str | Path) -> None:
         """Write the .npz, all of it or nothing."""
-        arrays = {name: getattr(self, name).numpy() for name in ("times", *ADDED, *KEPT)}
+        arrays = {name: getattr(self, name).numpy() for name in ARRAYS}
         with atomic_write(path) as temp, open(temp, "wb") as file:
             np.savez_compressed(file, meta=json.dumps(self.meta), **arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> "RoutingData":
-        """Read a file of `save`.
+        """Read a file of `save`; the largest t comes first, whatever the file's order.
 
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: it is something else, or newer than this code.
+            FileError: there is none, it is something else, damaged, or newer than this code.
         """
         if not Path(path).is_file():
-            raise FileNotFoundError(f"no such file: {path}")
+            raise FileError(f"no such file: {path}")
         try:
+            with zipfile.ZipFile(path) as archive:
+                meta = _read_meta(archive)
+                _check_shapes(meta, {name: _read_header(archive, name) for name in ARRAYS})
             with np.load(path, allow_pickle=False) as file:
-                meta = json.loads(str(file["meta"]))
-                arrays = {name: torch.from_numpy(file[name]) for name in ("times", *ADDED, *KEPT)}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} is no routing data of expert_data.py: {error}") from error
-        if meta.get("format") != FORMAT or meta["version"] > VERSION:
-            raise ValueError(
-                f"{path} has format {meta.get('format')} version {meta.get('version')}, "
-                f"expected {FORMAT} up to version {VERSION}"
-            )
-        return cls(meta, **arrays)
+                arrays = {
+                    name: torch.from_numpy(file[name].astype(dtype, copy=False))
+                    for name, (_, dtype) in ARRAYS.items()
+                }
+            data = cls(meta, **arrays)
+            _check_values(data)
+        except UNREADABLE as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            raise FileError(f"{path} is no routing data of expert_data.py: {reason}") from error
+        return data.noise_first()
+
+    def noise_first(self) -> "RoutingData":
+        """Return the same data with the steps in the order of sampling, t falling."""
+        order = self.times.argsort(descending=True, stable=True)
+        axes = {name: axes.index("S") for name, (axes, _) in ARRAYS.items() if "S" in axes}
+        sorted_ = {name: getattr(self, name).index_select(i, order) for name, i in axes.items()}
+        return dataclasses.replace(self, **sorted_)
+
+
+# ------------------------------------------------------------------------------ reading a file
+
+
+def _read_meta(archive: zipfile.ZipFile) -> dict[str, Any]:
+    """Return the metadata after a look at the type of all that is used.
+
+    Raises:
+        ValueError, KeyError: what is wrong.
+    """
+    if archive.getinfo("meta.npy").file_size > MAX_META_BYTES:
+        raise ValueError("its metadata are too large")
+    with archive.open("meta.npy") as file:
+        meta = json.loads(str(np.lib.format.read_array(file, allow_pickle=False)))
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise ValueError(f"its metadata do not say format {FORMAT}")
+    version = meta.get("version")
+    if not isinstance(version, int) or version > VERSION:
+        raise ValueError(f"it has version {version}, expected up to {VERSION}")
+    _check_types(meta, META, "its metadata")
+    _check_types(meta["checkpoint"], {"path": str}, "checkpoint")
+    if not all(isinstance(name, str) for name in meta["class_names"]):
+        raise ValueError("class_names are not all text")
+    for run in meta["runs"]:
+        _check_types(run, RUN, "runs")
+        if not all(isinstance(label, int) for label in run["labels"]):
+            raise ValueError("labels of a run are not all numbers")
+    if not meta["runs"]:
+        raise ValueError("it has no runs")
+    return meta
+
+
+def _check_types(found: Any, wanted: dict[str, Any], where: str) -> None:
+    if not isinstance(found, dict):
+        raise ValueError(f"{where} has no fields")
+    for key, kind in wanted.items():
+        if not isinstance(found[key], kind):
+            raise ValueError(f"{where}: {key} is a {type(found[key]).__name__}")
+
+
+def _read_header(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
+    """Return the shape of an array without reading it.
+
+    Raises:
+        ValueError: it has another type, or its bytes are not as many as its shape says.
+    """
+    info = archive.getinfo(f"{name}.npy")
+    with archive.open(info) as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        if dtype != ARRAYS[name][1] and 0 not in shape:  # of nothing, older files say float32
+            raise ValueError(f"{name} is {dtype}, expected {np.dtype(ARRAYS[name][1])}")
+        if file.tell() + dtype.itemsize * math.prod(shape) != info.file_size:
+            raise ValueError(f"{name} is cut")
+    return shape
+
+
+def _check_shapes(meta: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Compare the shapes with the config and with each other.
+
+    Raises:
+        ValueError: naming the array that does not fit, or how much memory all would need.
+    """
+    config = DiTConfig.from_dict(meta["config"])
+    sizes = {"2": 2, "X": config.num_classes, "E": config.num_experts, "S": meta["num_steps"]}
+    sizes |= {"K": config.num_experts_per_tok, "T": (config.input_size // config.patch_size) ** 2}
+    for name, shape in shapes.items():
+        axes = ARRAYS[name][0]
+        # L, R, C, H and W are what the first array with that axis has
+        same = len(axes) == len(shape) and all(
+            sizes.setdefault(axis, size) == size for axis, size in zip(axes, shape, strict=True)
+        )
+        if not same:
+            expected = ", ".join(str(sizes.get(axis, axis)) for axis in axes)
+            raise ValueError(f"{name} is {shape}, expected ({expected})")
+    if min(size for axis, size in sizes.items() if axis != "R") < 1 or sizes["C"] not in (1, 3):
+        raise ValueError(f"it has axes of length {sizes}")
+    needed = sum(
+        math.prod(shape) * np.dtype(ARRAYS[name][1]).itemsize for name, shape in shapes.items()
+    )
+    process.check_memory(needed, "it")
+
+
+def _check_values(data: "RoutingData") -> None:
+    """Look at the numbers that are used to find others.
+
+    Raises:
+        ValueError: naming the array.
+    """
+    if not ((data.times >= 0) & (data.times <= 1)).all():
+        raise ValueError("times are not all in [0, 1]")
+    if any(getattr(data, name).min() < 0 for name in ADDED):
+        raise ValueError("it has counts below 0")
+    for name, end in (("raw_ids", data.by_step.shape[-1]), ("raw_labels", data.by_class.shape[1])):
+        table = getattr(data, name)
+        if table.numel() and not 0 <= int(table.min()) <= int(table.max()) < end:
+            raise ValueError(f"{name} are not all in [0, {end - 1}]")
+    if data.by_class[0].sum() == 0 or data.rows[0].sum() == 0:
+        raise ValueError("it has no counts")
+
+
+def shown(name: str) -> str:
+    """Return a name, which may be another's, as a line that is safe to print and not too long."""
+    name = printable(name).replace("\n", "\\n")
+    return name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "…"
+
+
+def refuse_foreign(path: str | Path, marker: bytes) -> None:
+    """Refuse to replace what is not ours.
+
+    Args:
+        path: of a file that is about to be written.
+        marker: bytes that every file has which our scripts write there.
+
+    Raises:
+        FileError: there is something else, or no place for a file.
+    """
+    path = Path(path)
+    if path.is_file() and path.stat().st_size and marker not in path.read_bytes():
+        raise FileError(f"--out: {path} exists and is none of ours; choose another name or move it")
+    if path.exists() and not path.is_file():
+        raise FileError(f"--out {path} is not a file")
+
+
+# ------------------------------------------------------------------------------ merging
 
 
 def comparable(meta: dict[str, Any]) -> dict[str, Any]:
     """Return the part of the metadata in which data that are added up must agree."""
-    checkpoint = {key: value for key, value in meta["checkpoint"].items() if key != "path"}
+    checkpoint = {
+        key: value for key, value in meta["checkpoint"].items() if key not in ("path", "file")
+    }
     return {key: value for key, value in meta.items() if key != "runs"} | {"checkpoint": checkpoint}
 
 
@@ -152,7 +324,7 @@ def merge(parts: Sequence[RoutingData]) -> RoutingData:
     """Add up runs of one model that differ in seed or labels only.
 
     Raises:
-        ValueError: if they differ in anything else, or the same images would count twice.
+        UserError: if they differ in anything else, or the same images would count twice.
     """
     first, *others = parts
     runs = list(first.meta["runs"])
@@ -160,13 +332,17 @@ def merge(parts: Sequence[RoutingData]) -> RoutingData:
         wanted, found = comparable(first.meta), comparable(other.meta)
         if different := [key for key in wanted if wanted[key] != found.get(key)]:
             key = different[0]
-            raise ValueError(f"--merge: {key} differs: {wanted[key]} and {found.get(key)}")
+            raise UserError(f"--merge: {key} differs: {wanted[key]} and {found.get(key)}")
         if not torch.equal(first.times, other.times):
-            raise ValueError(f"--merge: times differ: {first.times} and {other.times}")
+            raise UserError(f"--merge: times differ: {first.times} and {other.times}")
+        for name in ("raw_ids", "raw_images"):
+            one, two = (getattr(part, name).shape[1:] for part in (first, other))
+            if one != two:
+                raise UserError(f"--merge: {name} differ in shape: {tuple(one)} and {tuple(two)}")
         for run in other.meta["runs"]:
             twins = [one for one in runs if one["seed"] == run["seed"]]
-            if any(set(one["labels"]) & set(run["labels"]) for one in twins):
-                raise ValueError(f"--merge: seed {run['seed']} is there twice with the same labels")
+            if any(_images(one) & _images(run) for one in twins):
+                raise UserError(f"--merge: seed {run['seed']} is there twice with the same images")
             runs.append(run)
     tables = {
         name: torch.stack([getattr(part, name) for part in parts]).sum(dim=0) for name in ADDED
@@ -175,7 +351,28 @@ def merge(parts: Sequence[RoutingData]) -> RoutingData:
     return RoutingData({**first.meta, "runs": runs}, first.times, **tables)
 
 
+def _images(run: dict[str, Any]) -> set[Any]:
+    """Return what tells the images of a run from those of others with its seed."""
+    return set(run.get("pictures") or run["labels"])
+
+
 # ------------------------------------------------------------------------------ the table
+
+TABLES = {".csv": b"half,layer,", ".json": b'"half": '}  # what each has near its start
+MEANINGS = {
+    "nmi": "how much class, step or patch tell about the expert: 0 = nothing, 1 = they decide "
+    "(normalised mutual information)",
+    "entropy": "how even the load of the experts is: 1 = even, 0 = one expert takes everything",
+    "max_vio": "how far the busiest expert is above the even load: 0 = even, 1 = twice as much",
+    "dead": "experts that were never chosen",
+    "pair_usage": "share of all pairs of experts that some token chose together",
+    "pair_entropy": "how evenly the pairs are used: 1 = all alike",
+}
+SUFFIXES = {
+    "_class, _step, _patch": "the mean over single classes, steps or patches",
+    "_early, _middle, _late": "the first quarter of the steps (noise), the middle half, the last "
+    "quarter (picture)",
+}
 
 
 def measure(data: RoutingData, half: str = "conditional") -> list[dict[str, Any]]:
@@ -240,7 +437,7 @@ def format_table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
 
 
 def save_table(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """Write the rows as PATH.csv and PATH.json, PATH being without its suffix."""
+    """Write the rows as PATH.csv and PATH.json, PATH being without its suffix .npz."""
     with atomic_write(Path(path).with_suffix(".csv")) as temp, open(temp, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
