@@ -9,6 +9,7 @@ Shape letters: N batch, C channels, S image size, H W latent size, n samples in 
 
 import contextlib
 import gzip
+import hashlib
 import itertools
 import json
 import logging
@@ -88,6 +89,14 @@ class ImageDataset(Dataset):
         """Number of classes, without the null label."""
         return len(self.class_names)
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what tells this data from any other, in this order, as plain values."""
+        return {"num_images": len(self), "digest": self._digest()}
+
+    def _digest(self) -> str:
+        """Return a hash of what the samples are, in their order."""
+        raise NotImplementedError
+
     def pixels(self, indices: Tensor) -> Tensor:
         """Return the (N, C, S, S) uint8 pixels of N samples."""
         raise NotImplementedError
@@ -125,6 +134,11 @@ class TensorImages(ImageDataset):
         super().__init__(labels, class_names, pixels.shape[1], pixels.shape[-1], flip)
         self._pixels = pixels
 
+    def _digest(self) -> str:
+        """Hash pixels and labels."""
+        values = self._pixels.numpy().tobytes() + self.labels.numpy().tobytes()
+        return hashlib.sha256(values).hexdigest()[:32]
+
     def pixels(self, indices: Tensor) -> Tensor:
         """Return the (N, C, S, S) uint8 pixels of N samples."""
         return self._pixels[indices]
@@ -159,9 +173,16 @@ class FolderImages(ImageDataset):
             raise UserError(f"--data-path {error}. {ACCEPTED_DATA}") from error
         left_out = set(unreadable)
         samples = [item for i, item in enumerate(found) if i not in left_out]
-        self.paths, self.skip_broken = [path for path, _ in samples], skip_broken
+        self.root, self.paths = root, [path for path, _ in samples]
+        self.skip_broken = skip_broken
         labels = torch.tensor([label for _, label in samples])
         super().__init__(labels, class_names, 3, image_size, flip)
+
+    def _digest(self) -> str:
+        """Hash the files' names, which begin with their class."""
+        start = len(str(self.root)) + 1
+        files = "\n".join(path[start:] for path in self.paths)
+        return hashlib.sha256(os.fsencode(files)).hexdigest()[:32]
 
     def pixels(self, indices: Tensor) -> Tensor:
         """Return the (N, 3, S, S) uint8 pixels of N files.

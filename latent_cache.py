@@ -71,12 +71,11 @@ def plan(
 ) -> dict[str, Any]:
     """Return the index of a cache before its first image."""
     side = dataset.image_size // vae.downsample
-    files = "\n".join(str(Path(path).relative_to(data_path)) for path in dataset.paths)
     return {
         "format": FORMAT,
         "version": VERSION,
         "data_path": str(Path(data_path).resolve()),
-        "files": hashlib.sha256(files.encode()).hexdigest()[:32],
+        "files": dataset.fingerprint()["digest"],
         "num_images": len(dataset),
         "image_size": dataset.image_size,
         "class_names": dataset.class_names,
@@ -135,6 +134,12 @@ class CachedLatents(ImageDataset):
             self._header(shard)
         kept = torch.from_numpy(labels[self.rows])
         super().__init__(kept, index["class_names"], 3, index["image_size"], flip)
+
+    def _digest(self) -> str:
+        """Return that of the folder it was made of, whose order it has; unreadable files count."""
+        bad = [entry["index"] for entry in self.index["unreadable"]]
+        files = self.index["files"]
+        return hashlib.sha256(f"{files}{bad}".encode()).hexdigest()[:32] if bad else files
 
     def _read_labels(self) -> np.ndarray:
         path = self.folder / LABELS

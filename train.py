@@ -18,25 +18,30 @@ from torch.nn.utils import clip_grad_norm_
 
 from checkpoint import checkpoint_path, commit_checkpoint, load_checkpoint, save_checkpoint
 from common import process
+from resume import check_resumable, restore_rng
 from train_loop import Batch, draw_grid, launch, learning_rate, mean_losses, micro_loss
-from train_utils import Ema, Job, build_parser, check_resumable, compile_blocks, restore_rng
+from train_settings import build_parser
+from train_utils import Ema, Job, compile_blocks
 
 
 class DdpTrainer:
     """The model with its optimizer, loss scaler and EMA: one step forward, saved and restored."""
 
     def __init__(self, job: Job) -> None:
-        self.job, self.args, self.rt = job, job.args, job.rt
+        self.job, self.settings, self.rt = job, job.settings, job.rt
         self.step = 0
         self.model = job.model.to(self.rt.device).train()
-        self.ema = Ema(self.model, self.args.ema_decay)
+        self.ema = Ema(self.model, self.settings.ema_decay)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=self.args.lr, weight_decay=self.args.weight_decay, fused=True
+            self.parameters,
+            lr=self.settings.lr,
+            weight_decay=self.settings.weight_decay,
+            fused=True,
         )
-        fp16 = self.args.precision == "fp16"
+        fp16 = self.settings.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.rt.device.type, enabled=fp16)
-        if self.args.compile:
+        if self.settings.compile:
             compile_blocks(self.model)
         self.wrapped: nn.Module = self.model
         if self.rt.world_size > 1:
@@ -56,19 +61,19 @@ class DdpTrainer:
         Returns:
             loss, aux_loss (per layer, 1.0 = even) and grad_norm, each ().
         """
-        dtype = process.DTYPES[self.args.precision]
+        dtype = process.DTYPES[self.settings.precision]
         losses = []
         for i, batch in enumerate(batches):
-            last = i == self.args.accum_steps - 1
+            last = i == self.settings.accum_steps - 1
             skip_sync = self.rt.world_size > 1 and not last
             with self.wrapped.no_sync() if skip_sync else contextlib.nullcontext():  # type: ignore[operator]
                 with torch.autocast(self.rt.device.type, dtype, enabled=dtype != torch.float32):
                     losses.append(micro_loss(self.job, self.wrapped, batch))
-                self.scaler.scale(losses[-1].total / self.args.accum_steps).backward()
+                self.scaler.scale(losses[-1].total / self.settings.accum_steps).backward()
         self.scaler.unscale_(self.optimizer)
-        grad_norm = clip_grad_norm_(self.parameters, self.args.clip_grad or float("inf"))
+        grad_norm = clip_grad_norm_(self.parameters, self.settings.clip_grad or float("inf"))
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.args, self.step)
+            group["lr"] = learning_rate(self.settings, self.step)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -85,7 +90,7 @@ class DdpTrainer:
         save_checkpoint(
             path,
             config=self.model.config,
-            settings=vars(self.args),
+            settings=self.settings.to_dict(),
             model=self.model.state_dict(),
             ema=self.ema.model.state_dict(),
             optimizer=self.optimizer.state_dict(),
@@ -93,7 +98,7 @@ class DdpTrainer:
             step=self.step,
             rng=rng,
         )
-        commit_checkpoint(path, self.args.keep_last)
+        commit_checkpoint(path, self.settings.keep_last)
         logging.info("checkpoint: %s", path)
 
     def resume(self, path: Path) -> None:
@@ -108,7 +113,7 @@ class DdpTrainer:
         self.ema.model.load_state_dict(content["ema"])
         self.optimizer.load_state_dict(content["optimizer"])
         for group in self.optimizer.param_groups:
-            group["weight_decay"] = self.args.weight_decay
+            group["weight_decay"] = self.settings.weight_decay
         if content["scaler"] is not None:
             self.scaler.load_state_dict(content["scaler"])
         self.step = content["step"]

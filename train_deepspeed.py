@@ -23,6 +23,7 @@ import zero
 from common import process
 from common.flags import FlagParser, number
 from memory import memory_table
+from resume import check_resumable, restore_rng
 from sharded import (
     ShardedCheckpoint,
     commit,
@@ -32,15 +33,8 @@ from sharded import (
     write_state,
 )
 from train_loop import Batch, draw_grid, launch, learning_rate, mean_losses, micro_loss
-from train_utils import (
-    Job,
-    build_parser,
-    check_resumable,
-    compile_blocks,
-    describe,
-    initial_weights,
-    restore_rng,
-)
+from train_settings import build_parser
+from train_utils import Job, compile_blocks, describe, initial_weights
 
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of the fp16 scaler
 
@@ -49,19 +43,20 @@ class DeepSpeedTrainer:
     """The engine with its shards and their EMA: one step forward, saved and restored."""
 
     def __init__(self, job: Job) -> None:
-        self.job, self.args, self.rt = job, job.args, job.rt
+        self.job, self.settings, self.rt = job, job.settings, job.rt
         self.step = 0
         self.shapes = {name: p.shape for name, p in job.model.named_parameters()}
         self.trained = {name for name, p in job.model.named_parameters() if p.requires_grad}
-        file = zero.read_config(self.args.deepspeed_config)
-        config = zero.engine_config(self.args, file)
-        if self.args.compile:
+        assert self.settings.deepspeed_config is not None  # its flag has a default
+        file = zero.read_config(self.settings.deepspeed_config)
+        config = zero.engine_config(self.settings, file)
+        if self.settings.compile:
             compile_blocks(job.model)
         self.engine, self.optimizer = zero.build_engine(
-            job.model, config, self.args, self.rt.device
+            job.model, config, self.settings, self.rt.device
         )
         self.shards = zero.Shards(self.engine, self.rt)
-        for name, value in initial_weights(self.args, self.shapes):
+        for name, value in initial_weights(self.settings, self.shapes):
             self.shards.fill(name, value)
         self.shards.refresh()
         self.ema = [shard.detach().clone() for shard in self.shards.flat]
@@ -76,7 +71,7 @@ class DeepSpeedTrainer:
             loss, aux_loss (per layer, 1.0 = even) and grad_norm, each ().
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.args, self.step)
+            group["lr"] = learning_rate(self.settings, self.step)
         losses = []
         for batch in batches:
             losses.append(micro_loss(self.job, self.engine, batch))
@@ -84,7 +79,7 @@ class DeepSpeedTrainer:
             norm = self.shards.whole_grad_norm()
             self.engine.step()
         with torch.no_grad():  # each rank its own shards: ema += (1 - decay)(weights - ema)
-            torch._foreach_lerp_(self.ema, self.shards.flat, 1 - self.args.ema_decay)
+            torch._foreach_lerp_(self.ema, self.shards.flat, 1 - self.settings.ema_decay)
         self.step += 1
         norm = self.engine.get_global_grad_norm() if norm is None else norm
         grad_norm = torch.as_tensor(norm, dtype=torch.float32, device=self.rt.device)
@@ -118,7 +113,7 @@ class DeepSpeedTrainer:
             last = latest_sharded(self.job.run_dir)
             raise OSError(f"{errors[0]}; the last whole checkpoint is {last}, free some space")
         if self.rt.is_main:
-            logging.info("checkpoint: %s", commit(partial, self.args.keep_last))
+            logging.info("checkpoint: %s", commit(partial, self.settings.keep_last))
         process.barrier()
 
     def _state(self) -> dict:
@@ -127,7 +122,7 @@ class DeepSpeedTrainer:
         scale = {key: getattr(scaler, key) for key in LOSS_SCALE if hasattr(scaler, key)}
         return {
             "config": self.job.model.config.to_dict(),
-            "settings": vars(self.args),
+            "settings": self.settings.to_dict(),
             "shapes": {name: list(self.shapes[name]) for name in sorted(self.trained)},
             "num_ranks": self.rt.world_size,
             "step": self.step,
@@ -191,10 +186,10 @@ def build_deepspeed_parser() -> FlagParser:
     return parser
 
 
-def plan(job: Job) -> str:
+def plan(job: Job, ranks: list[int] | None) -> str:
     """Return what `--dry-run` prints: settings, then the memory of each stage."""
-    ranks = job.args.plan_ranks or ([job.rt.world_size] if job.rt.world_size > 1 else [8, 16, 64])
-    return f"{describe(job)}\n\n{memory_table(job.model, ranks, job.args.precision)}"
+    ranks = ranks or ([job.rt.world_size] if job.rt.world_size > 1 else [8, 16, 64])
+    return f"{describe(job)}\n\n{memory_table(job.model, ranks, job.settings.precision)}"
 
 
 def main(args: argparse.Namespace) -> None:
@@ -206,7 +201,7 @@ def main(args: argparse.Namespace) -> None:
     rt = zero.join()
     if rt.is_main and args.precision != wanted:
         print(f"{wanted} is not native on this hardware: training in {args.precision}")
-    launch(args, DeepSpeedTrainer, meta=True, plan=plan)
+    launch(args, DeepSpeedTrainer, meta=True, plan=lambda job: plan(job, args.plan_ranks))
 
 
 if __name__ == "__main__":

@@ -24,8 +24,10 @@ from common import process
 from common.files import atomic_write
 from common.pictures import save_grid
 from data import make_loader
+from resume import find_resume
 from routing import LoadCounter, dead_experts, load_entropy, max_violation
-from train_utils import Job, describe, find_resume, prepare
+from train_settings import TrainSettings
+from train_utils import Job, describe, prepare
 
 GRID_COLUMNS, GRID_ROWS = 10, 6
 
@@ -39,11 +41,11 @@ class Reporter:
     """
 
     def __init__(self, job: Job, start_step: int) -> None:
-        self.args, self.rt, self.run_dir = job.args, job.rt, job.run_dir
+        self.settings, self.rt, self.run_dir = job.settings, job.rt, job.run_dir
         self.counter = LoadCounter(job.model, job.rt.device)
         self.bar = tqdm(
             initial=start_step,
-            total=self.args.max_steps,
+            total=self.settings.max_steps,
             desc="train",
             unit="step",
             disable=not self.rt.is_main,
@@ -58,7 +60,7 @@ class Reporter:
 
         (self.run_dir / "samples").mkdir(parents=True, exist_ok=True)
         with atomic_write(self.run_dir / "args.json") as temp:
-            temp.write_text(json.dumps(vars(self.args), indent=2, sort_keys=True) + "\n")
+            temp.write_text(json.dumps(self.settings.to_dict(), indent=2, sort_keys=True) + "\n")
         logging.getLogger().addHandler(logging.FileHandler(self.run_dir / "log.txt"))
         # Steps after the checkpoint are done again: this hides their first points.
         self.writer = SummaryWriter(str(self.run_dir), purge_step=start_step + 1)
@@ -89,11 +91,11 @@ class Reporter:
         per = self._num_steps * self.rt.world_size
         scalars = {name: value / per for name, value in zip(self._sums, sums, strict=True)}
         seconds = (time.monotonic() - self._since) / self._num_steps
-        scalars |= {"lr": lr, "images_per_second": self.args.global_batch_size / seconds}
+        scalars |= {"lr": lr, "images_per_second": self.settings.global_batch_size / seconds}
         scalars |= load_scalars(self.counter)
         self._reset()
         # The fp16 scaler skips the steps whose gradient overflows.
-        checked = ("loss",) if self.args.precision == "fp16" else ("loss", "grad_norm")
+        checked = ("loss",) if self.settings.precision == "fp16" else ("loss", "grad_norm")
         for name in checked:
             if not math.isfinite(scalars[name]):
                 raise FloatingPointError(
@@ -151,13 +153,13 @@ def draw_grid(model: nn.Module, job: Job, step: int) -> Path:
         torch.randn(shape, generator=generator).to(device),
         y,
         num_steps=min(50, job.diffusion.default_num_steps[job.diffusion.default_sampler]),
-        cfg_scale=job.args.sample_cfg_scale,
+        cfg_scale=job.settings.sample_cfg_scale,
         null_label=config.null_label,
         generator=generator,
     )
     path = job.run_dir / "samples" / f"{step:07d}.png"
     if job.rt.is_main:
-        known = dict(enumerate(job.args.class_names))
+        known = dict(enumerate(job.settings.class_names))
         names = [known.get(label, str(label)) for label in classes.tolist()]
         save_grid(job.vae.decode(latents), path, columns=columns, column_names=names)
         logging.info("samples: %s", path)
@@ -201,7 +203,7 @@ def micro_loss(job: Job, model: nn.Module, batch: Batch) -> MicroLoss:
     latents, labels, given = batch
     out = job.diffusion.training_loss(model, latents, labels, **given)
     loss = out.per_sample.mean()
-    total = loss + job.args.aux_loss_weight * out.aux_loss
+    total = loss + job.settings.aux_loss_weight * out.aux_loss
     return MicroLoss(total, loss.detach(), out.aux_loss.detach() / job.model.config.depth)
 
 
@@ -211,22 +213,22 @@ def mean_losses(losses: list[MicroLoss]) -> dict[str, Tensor]:
     return {name: torch.stack([getattr(x, name) for x in losses]).mean() for name in names}
 
 
-def learning_rate(args: argparse.Namespace, step: int) -> float:
+def learning_rate(settings: TrainSettings, step: int) -> float:
     """Return the rate of the step after `step`: linear warm-up, then constant."""
-    return args.lr * min(1.0, (step + 1) / max(args.warmup_steps, 1))
+    return settings.lr * min(1.0, (step + 1) / max(settings.warmup_steps, 1))
 
 
 def latent_batches(job: Job, start_step: int) -> Iterator[Batch]:
     """Yield this rank's endless micro-batches, from optimizer step `start_step` on."""
     loader = make_loader(
         job.dataset,
-        micro_batch_size=job.args.micro_batch_size,
-        accum_steps=job.args.accum_steps,
+        micro_batch_size=job.settings.micro_batch_size,
+        accum_steps=job.settings.accum_steps,
         rank=job.rt.rank,
         world_size=job.rt.world_size,
-        seed=job.args.seed,
+        seed=job.settings.seed,
         start_step=start_step,
-        num_workers=job.args.num_workers,
+        num_workers=job.settings.num_workers,
         pin_memory=job.rt.device.type == "cuda",
     )
     for batch, labels in loader:
@@ -256,7 +258,7 @@ def launch(
                 print(plan(job))
             process.finish()
             return
-        checkpoint = find_resume(args, job.run_dir)
+        checkpoint = find_resume(job.settings)
         trainer = make_trainer(job)
         if checkpoint:
             trainer.resume(checkpoint)
@@ -268,18 +270,18 @@ def launch(
 
 def fit(trainer: Trainer) -> None:
     """Train from the trainer's step to `--max-steps`, logging, saving and drawing on the way."""
-    job, args = trainer.job, trainer.job.args
+    job, settings = trainer.job, trainer.job.settings
     reporter = Reporter(job, trainer.step)
     batches = latent_batches(job, trainer.step)
-    while trainer.step < args.max_steps:
-        reporter.add(**trainer.train_step(islice(batches, args.accum_steps)))
-        step, last = trainer.step, trainer.step == args.max_steps
-        saves = step % args.ckpt_every == 0 or last
-        if step % args.log_every == 0 or saves:  # it also checks that the model is worth saving
-            reporter.log(step, learning_rate(args, step))
+    while trainer.step < settings.max_steps:
+        reporter.add(**trainer.train_step(islice(batches, settings.accum_steps)))
+        step, last = trainer.step, trainer.step == settings.max_steps
+        saves = step % settings.ckpt_every == 0 or last
+        if step % settings.log_every == 0 or saves:  # it also checks that the model is worth saving
+            reporter.log(step, learning_rate(settings, step))
         if saves:
             trainer.save()
-        if args.sample_every and (step % args.sample_every == 0 or last):
+        if settings.sample_every and (step % settings.sample_every == 0 or last):
             counts = reporter.counter.counts.clone()  # a trainer may draw with the counted model
             trainer.draw()
             reporter.counter.counts.copy_(counts)

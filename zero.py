@@ -23,6 +23,7 @@ from common import process
 from common.process import Runtime
 from models import DiT
 from sharded import Fragment
+from train_settings import TrainSettings
 
 # What the flags own, by its name in a DeepSpeed file.
 OWNED_BY_FLAGS = {
@@ -92,7 +93,7 @@ def resolve_precision(args: argparse.Namespace, config: Mapping[str, Any]) -> st
     return wanted
 
 
-def engine_config(args: argparse.Namespace, config: Mapping[str, Any]) -> dict[str, Any]:
+def engine_config(args: TrainSettings, config: Mapping[str, Any]) -> dict[str, Any]:
     """Complete a file with what the flags own.
 
     Raises:
@@ -163,7 +164,7 @@ def partition(model: DiT, config: dict[str, Any], device: torch.device) -> None:
 
 
 def build_engine(
-    model: DiT, config: dict[str, Any], args: argparse.Namespace, device: torch.device
+    model: DiT, config: dict[str, Any], args: TrainSettings, device: torch.device
 ) -> tuple[Any, torch.optim.AdamW]:
     """Wrap a meta model; its weights are whatever the memory held, see `Shards.fill`.
 

@@ -1,8 +1,25 @@
-"""How every script declares its flags: kebab-case in groups, snake_case as an alias, ranges."""
+"""How every script declares its flags: kebab-case in groups, other spellings, ranges, help.
+
+`--help` lists a flag once, as a sentence with its default; published spellings (snake_case and
+others) work all the same. A mistake ends the script with one line and exit code 2.
+"""
 
 import argparse
+import difflib
 import math
-from typing import Any
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+from common.errors import printable
+
+MAX_INT = 10**9  # of any count: beyond lie typing errors
+# Registered sizes as help and messages show them; `models.DiT_models` has the list.
+MODEL_SIZES = "DiT-{Ti,S,B,L,XL}/{2,4,8}, DiT-Ti/1, DiT-G/2"
+
+
+# ------------------------------------------------------------------------------ values
 
 
 def parse_bool(text: str) -> bool:
@@ -16,39 +33,93 @@ def parse_bool(text: str) -> bool:
 flag: dict[str, Any] = {"type": parse_bool, "nargs": "?", "const": True, "metavar": "BOOL"}
 
 
-def number(kind: type, low: float, high: float = math.inf) -> Any:
-    """Return an argparse type that accepts `kind` in [low, high] only."""
+def number(kind: type, low: float, high: float | None = None) -> Any:
+    """Return an argparse type that accepts `kind` in [low, high] only; never nan or inf.
+
+    Args:
+        kind: int or float.
+        low: smallest value.
+        high: largest value; default: `MAX_INT` for int, any finite number for float.
+    """
+    largest = MAX_INT if high is None and kind is int else high
+    allowed = f"[{low}, inf)" if largest is None else f"[{low}, {largest}]"
 
     def parse(text: str) -> Any:
         value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
+        if not low <= value <= (math.inf if largest is None else largest) or math.isinf(value):
+            raise argparse.ArgumentTypeError(f"{text} is not in {allowed}")
         return value
 
     parse.__name__ = kind.__name__
     return parse
 
 
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keep the module docstring's lines and show defaults, except None: the text explains those."""
+# torch takes seeds below 2^64; scripts add ranks, steps and repetitions to theirs.
+seed = number(int, 0, 2**63 - 1)
+
+
+def model_size(names: Iterable[str]) -> dict[str, Any]:
+    """Return the options of `--model`, which names one of `models.DiT_models`."""
+    known = list(names)
+
+    def parse(text: str) -> str:
+        if text not in known:
+            near = difflib.get_close_matches(text, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise argparse.ArgumentTypeError(f"{text} is none of {MODEL_SIZES}{hint}")
+        return text
+
+    return {"type": parse, "metavar": "SIZE"}
+
+
+# ------------------------------------------------------------------------------ parser
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keep the module docstring's lines; say the default after each flag's sentence."""
+
+    def add_usage(
+        self, usage: Any, actions: Iterable[argparse.Action], groups: Any, prefix: Any = None
+    ) -> None:
+        """Show what must be given; the flags are listed below, once."""
+        actions = list(actions)
+        if usage is None and prefix is None:
+            shown = [action for action in actions if not action.option_strings or action.required]
+            rest = [argparse.Action([], "flags", metavar="[flags]")]
+            actions, groups = [*rest, *shown] if len(shown) < len(actions) else shown, []
+        super().add_usage(usage, actions, groups, prefix)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.required:
-            return action.help
-        return super()._get_help_string(action)
+        """Return the help with a default that is a value; the text explains any other."""
+        text = action.help
+        if not text or not action.option_strings or action.nargs == 0:
+            return text
+        text = text if text.endswith((".", "?", ")")) else f"{text}."
+        if action.default is None or action.required or action.default == argparse.SUPPRESS:
+            return text
+        return f"{text} Default: {shown_default(action.default).replace('%', '%%')}."
+
+
+def shown_default(value: Any) -> str:
+    """Return a default as a user would type it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value))
+    return str(value)
 
 
 class FlagGroup:
     """One titled group of flags."""
 
-    def __init__(self, group: Any) -> None:
-        self._group = group
+    def __init__(self, group: Any, aliases: dict[str, str]) -> None:
+        self._group, self._aliases = group, aliases
 
     def add(self, name: str, *aliases: str, **options: Any) -> None:
         """Add a flag by its kebab-case name; its snake_case spelling (as published) works too."""
         dest = name[2:].replace("-", "_")
-        spellings = dict.fromkeys((name, f"--{dest}", *aliases))
-        self._group.add_argument(*spellings, dest=dest, **options)
+        self._aliases |= dict.fromkeys((name, f"--{dest}", *aliases), name)
+        self._group.add_argument(name, dest=dest, **options)
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -57,24 +128,99 @@ class FlagParser(argparse.ArgumentParser):
     def __init__(self, docstring: str | None, **options: Any) -> None:
         options |= {"formatter_class": _HelpFormatter, "allow_abbrev": False}
         super().__init__(description=docstring, **options)
+        self._aliases: dict[str, str] = {}  # every spelling -> name
 
     def group(self, title: str) -> FlagGroup:
         """Start a group of flags."""
-        return FlagGroup(self.add_argument_group(title))
+        return FlagGroup(self.add_argument_group(title), self._aliases)
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parse after putting each flag's name for its other spellings; no unknown word is left.
+
+        Here, since a parser of subcommands calls it on that of the chosen one.
+        """
+        words = [self._named(word) for word in (sys.argv[1:] if args is None else args)]
+        known, unknown = super().parse_known_args(words, namespace)
+        if unknown:
+            self.error(self._explain(unknown[0]))
+        return known, []
+
+    def _named(self, word: str) -> str:
+        spelling, equals, value = word.partition("=")
+        return self._aliases.get(spelling, spelling) + equals + value
+
+    def _explain(self, word: str) -> str:
+        """Say what is wrong with a word that is no flag and no value of one."""
+        if not word.startswith("-"):
+            return f"unexpected {word!r}, no flag takes it"
+        given = word.partition("=")[0]
+        near = difflib.get_close_matches(given, self._aliases, 1)
+        hint = f"did you mean {self._aliases[near[0]]}?" if near else "--help lists all flags"
+        return f"unknown flag {given}; {hint}"
+
+    def error(self, message: str) -> NoReturn:
+        """End the script with one line, as `common.errors.one_line_errors` does."""
+        rank = os.environ.get("RANK", "0")
+        where = self.prog if rank == "0" else f"{self.prog} (rank {rank})"
+        message = message.removeprefix("argument ")
+        self.exit(2, f"{where}: error: {printable(message)}\n")
+
+
+# ------------------------------------------------------------------------------ sampling
 
 
 def sampling_flags(parser: FlagParser, batch_size: int = 64) -> FlagGroup:
     """Add the group of flags that `Diffusion.sample` takes, for every script that samples."""
     group = parser.group("Sampling")
-    group.add("--sampler", help="euler, heun (rf); ddpm, ddim, dpm++ (ddpm)")
-    group.add("--num-sampling-steps", type=number(int, 1), help="default: the sampler's own")
-    group.add("--cfg-scale", type=number(float, 0), default=1.5, help="guidance; 1 = off")
-    group.add("--cfg-channels", type=number(int, 1), help="guided; default: ddpm 3, rf all")
     group.add(
-        "--cfg-interval", nargs=2, type=number(float, 0, 1), default=[0.0, 1.0], help="guided t"
+        "--sampler",
+        help="How the model's field is integrated: euler or heun for rectified flow, ddpm, ddim "
+        "or dpm++ for DDPM. Default: euler or ddpm, by the checkpoint's objective.",
     )
-    group.add("--seed", type=number(int, 0), default=0, help="of the noise")
-    group.add("--batch-size", type=number(int, 1), default=batch_size, help="images at once")
+    group.add(
+        "--num-sampling-steps",
+        type=number(int, 1, 100_000),
+        metavar="N",
+        help="Number of steps from noise to image. Default: the sampler's own.",
+    )
+    group.add(
+        "--cfg-scale",
+        type=number(float, 0),
+        default=1.5,
+        metavar="SCALE",
+        help="Scale of classifier-free guidance; 1 turns it off and halves the work.",
+    )
+    group.add(
+        "--cfg-channels",
+        type=number(int, 1),
+        metavar="C",
+        help="Number of channels, from the first, that are guided. Default: 3 for DDPM, as "
+        "published, and all for rectified flow.",
+    )
+    group.add(
+        "--cfg-interval",
+        nargs=2,
+        type=number(float, 0, 1),
+        default=[0.0, 1.0],
+        metavar=("LOW", "HIGH"),
+        help="Times t, 0 = image and 1 = noise, between which guidance is on.",
+    )
+    group.add(
+        "--seed",
+        type=seed,
+        default=0,
+        metavar="N",
+        help="Seed of the noise that sampling starts from and adds on its way.",
+    )
+    group.add(
+        "--batch-size",
+        type=number(int, 1, 1_000_000),
+        default=batch_size,
+        metavar="N",
+        help="Number of images drawn at once; more need more memory.",
+    )
     return group
 
 

@@ -25,7 +25,8 @@ from memory import rank_memory
 from routing import LoadCounter
 from train import DdpTrainer
 from train_deepspeed import DeepSpeedTrainer, build_deepspeed_parser
-from train_utils import build_parser, initial_weights, prepare
+from train_settings import build_parser
+from train_utils import build_model, initial_weights, prepare
 
 CASES = ("stage 0", "stage 2", "stage 3", "stage 3 + offload")
 FILES = {"stage 2": "zero2", "stage 3": "zero3", "stage 3 + offload": "zero3_offload"}
@@ -104,7 +105,9 @@ def initial_difference(case: str, *flags: str) -> float:
         [*FLAGS, *engine, "--global-batch-size", "8", *flags]
     )
     job = prepare(args, meta=True)
-    expected = dict(initial_weights(args, {n: p.shape for n, p in job.model.named_parameters()}))
+    expected = dict(
+        initial_weights(job.settings, {n: p.shape for n, p in job.model.named_parameters()})
+    )
     trainer = DeepSpeedTrainer(job)
     weights = whole(trainer, trainer.shards.flat)
     return max((expected[name] - value).abs().max().item() for name, value in weights.items())
@@ -122,8 +125,8 @@ def save_random_model(path: Path) -> None:
 def allocated(case: str, precision: str) -> dict[str, Any]:
     """Return what a rank holds after a backward, and what `rank_memory` says, in bytes."""
     trainer: Any = make_trainer(case, "--precision", precision)
-    stage = zero.zero_stage(json.loads(Path(trainer.args.deepspeed_config).read_text()))
-    meta = prepare(trainer.args, meta=True).model
+    stage = zero.zero_stage(json.loads(Path(trainer.settings.deepspeed_config).read_text()))
+    meta = build_model(trainer.settings, trainer.job.model.config.in_channels, 1)
     expected = rank_memory(
         meta,
         stage,

@@ -22,7 +22,7 @@ from common.network import why_unreachable
 from data import TrainBatches, load_dataset, load_vae, make_loader
 from train import DdpTrainer
 from train_loop import launch
-from train_utils import build_parser
+from train_settings import build_parser
 
 NOT_INSTALLED = not data.FASHION_MNIST_ROOT.is_dir()
 

@@ -23,7 +23,7 @@ from latent_cache import CachedLatents, open_data
 from latent_index import cache_index
 from train import DdpTrainer
 from train_loop import launch
-from train_utils import build_parser
+from train_settings import build_parser
 
 NUM_CLASSES, PER_CLASS, SIZE = 2, 5, 32
 

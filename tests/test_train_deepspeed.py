@@ -30,7 +30,8 @@ from memory import GIB
 from models import DiT_models
 from sharded import ShardedCheckpoint
 from train_loop import draw_grid
-from train_utils import build_parser, prepare
+from train_settings import build_parser
+from train_utils import prepare
 from weights import load_model
 
 CKPT_EVERY, MAX_STEPS = 3, 9
@@ -368,7 +369,7 @@ def test_a_billion_parameters_step_on_two_ranks_with_half_of_a_whole_copy_each(
 # ------------------------------------------------------------------------------ engine files
 
 
-def flags_of(path: Path, **changes: Any) -> Namespace:
+def flags_of(path: Path, **changes: Any) -> Any:
     given = {"global_batch_size": 8, "micro_batch_size": 4, "accum_steps": 1, "clip_grad": 1.0}
     others = {"precision": None, "compile": False, "lr": 1e-4}
     return Namespace(**{"deepspeed_config": str(path), **given, **others, **changes})
@@ -429,8 +430,8 @@ def test_the_file_owns_the_precision_and_a_contradiction_is_refused(file: Any) -
 def test_hardware_without_the_files_precision_gets_another(
     file: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("process.pick_device", lambda: torch.device("cpu"))
-    monkeypatch.setattr("process.has_fast_bf16", lambda device: False)
+    monkeypatch.setattr("common.process.pick_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("common.process.has_fast_bf16", lambda device: False)
     args = flags_of(file({"bf16": {"enabled": True}}))
     wanted = zero.resolve_precision(args, zero.read_config(args.deepspeed_config))
     assert (wanted, args.precision) == ("bf16", "fp32")

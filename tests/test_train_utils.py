@@ -1,6 +1,7 @@
 """Flags become a job, steps become curves, and a run folder says what is in it."""
 
 import argparse
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -14,22 +15,14 @@ from torch.testing import assert_close
 
 from checkpoint import checkpoint_path, save_safetensors
 from common import process
+from common.errors import FileError, UserError
 from models import DiT_models
+from resume import find_resume
 from routing import LoadCounter
 from train import DdpTrainer
 from train_loop import Reporter, draw_grid, launch, learning_rate, load_scalars
-from train_utils import (
-    Ema,
-    Job,
-    build_model,
-    build_parser,
-    default_run_name,
-    describe,
-    find_resume,
-    initial_weights,
-    prepare,
-    resolve_batch,
-)
+from train_settings import TrainSettings, build_parser, split_batch
+from train_utils import Ema, Job, build_model, describe, initial_weights, prepare
 from weights import load_model
 
 DEPTH, NUM_EXPERTS = 4, 4  # of TINY_RUN
@@ -41,6 +34,10 @@ def parse(*flags: str) -> argparse.Namespace:
 
 def tiny_job(results: Path, *flags: str) -> Job:
     return prepare(parse("--results-dir", str(results), "--max-steps", "4", *flags))
+
+
+def settings(*flags: str) -> TrainSettings:
+    return prepare(parse(*flags), meta=True).settings
 
 
 def train(results: Path, *flags: str) -> Path:
@@ -72,9 +69,7 @@ def read_curves(run: Path) -> dict[str, list[tuple[int, float]]]:
 def test_the_batch_is_split_over_ranks_and_passes(
     flags: list[str], world_size: int, expected: tuple[int, int]
 ) -> None:
-    args = parse("--global-batch-size", "24", *flags)
-    resolve_batch(args, world_size)
-    assert (args.micro_batch_size, args.accum_steps) == expected
+    assert split_batch(parse("--global-batch-size", "24", *flags), world_size) == expected
 
 
 @pytest.mark.parametrize(
@@ -84,28 +79,24 @@ def test_the_batch_is_split_over_ranks_and_passes(
         (["--accum-steps", "5"], 1, "24 is not --micro-batch-size 4 x --accum-steps 5 x 1 ranks"),
         (["--micro-batch-size", "5"], 1, "24 is not --micro-batch-size 5 x --accum-steps 4 x"),
         (["--micro-batch-size", "48"], 1, "24 is not --micro-batch-size 48 x"),
-        (["--accum-steps", "48"], 1, "24 is not --micro-batch-size 0 x --accum-steps 48"),
+        (["--accum-steps", "48"], 1, "24 is less than --accum-steps 48 x 1 ranks"),
     ],
 )
 def test_batch_sizes_that_do_not_fit_are_refused(
     flags: list[str], world_size: int, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        resolve_batch(parse("--global-batch-size", "24", *flags), world_size)
+        split_batch(parse("--global-batch-size", "24", *flags), world_size)
 
 
 def test_data_decides_classes_size_vae_and_workers(tmp_path: Path) -> None:
     job = tiny_job(tmp_path)
-    assert job.args.class_names == [*"0123456789"]
-    assert (job.args.image_size, job.args.vae_path, job.args.num_workers) == (8, "none", 0)
+    resolved = job.settings
+    assert resolved.class_names == [*"0123456789"]
+    assert (resolved.image_size, resolved.vae_path, resolved.num_workers) == (8, "none", 0)
     config = job.model.config
     assert (config.input_size, config.in_channels, config.num_classes) == (8, 1, 10)
     assert not (tmp_path / "run").exists()
-
-
-def test_ddpm_draws_pixels_within_their_range(tmp_path: Path) -> None:
-    job = tiny_job(tmp_path, "--rf", "False")
-    assert (job.diffusion.objective, job.diffusion.x0_range) == ("ddpm", (-1.0, 1.0))
 
 
 def test_fewer_classes_than_the_data_has_are_refused(tmp_path: Path) -> None:
@@ -115,16 +106,8 @@ def test_fewer_classes_than_the_data_has_are_refused(tmp_path: Path) -> None:
 
 def test_epochs_and_max_steps_end_a_run_whichever_is_first(tmp_path: Path) -> None:
     flags = ("--global-batch-size", "100", "--epochs", "2")  # 14 steps an epoch
-    assert tiny_job(tmp_path, *flags, "--max-steps", "1000").args.max_steps == 28
-    assert tiny_job(tmp_path, *flags, "--max-steps", "3").args.max_steps == 3
-
-
-def test_runs_of_other_models_objectives_and_data_have_other_names() -> None:
-    base = {"model": "DiT-S/2", "num_experts": 8, "objective": "rf", "data_path": "/data/a b"}
-    assert default_run_name(argparse.Namespace(**base)) == "DiT-S-2-8E-rf-a-b"
-    others = {"model": "DiT-S/4", "num_experts": 16, "objective": "ddpm", "data_path": "digits"}
-    names = {default_run_name(argparse.Namespace(**base | {k: v})) for k, v in others.items()}
-    assert len(names) == 4
+    assert tiny_job(tmp_path, *flags, "--max-steps", "1000").settings.max_steps == 28
+    assert tiny_job(tmp_path, *flags, "--max-steps", "3").settings.max_steps == 3
 
 
 def test_the_same_seed_gives_the_same_initial_weights_and_another_seed_others(
@@ -143,7 +126,7 @@ def test_a_run_draws_one_by_one_the_weights_that_dit_draws_as_a_whole(mlp_type: 
     torch.manual_seed(3)
     model.initialize_weights()
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    drawn = dict(initial_weights(parse("--seed", "3"), shapes))
+    drawn = dict(initial_weights(settings("--seed", "3"), shapes))
     assert_close(drawn, dict(model.state_dict()), rtol=0, atol=0)
 
 
@@ -157,9 +140,9 @@ def test_a_fresh_run_starts_from_the_weights_of_init_from(tmp_path: Path) -> Non
 
 
 def test_an_image_size_that_the_vae_cannot_divide_is_refused() -> None:
-    args = parse("--image-size", "20")
-    with pytest.raises(ValueError, match="--image-size 20 is not a multiple of 8"):
-        build_model(args, latent_channels=4, downsample=8)
+    odd = dataclasses.replace(settings(), image_size=20)
+    with pytest.raises(UserError, match="--image-size 20 is not a multiple of 8"):
+        build_model(odd, latent_channels=4, downsample=8)
 
 
 def test_the_description_counts_all_and_activated_parameters(tmp_path: Path) -> None:
@@ -172,21 +155,21 @@ def test_the_description_counts_all_and_activated_parameters(tmp_path: Path) -> 
 
 
 def test_the_learning_rate_warms_up_linearly_then_stays() -> None:
-    args = parse("--lr", "0.4", "--warmup-steps", "4")
-    assert [learning_rate(args, step) for step in range(6)] == pytest.approx(
+    warm = settings("--lr", "0.4", "--warmup-steps", "4")
+    assert [learning_rate(warm, step) for step in range(6)] == pytest.approx(
         [0.1, 0.2, 0.3, 0.4, 0.4, 0.4]
     )
-    args.warmup_steps = 0
-    assert learning_rate(args, 0) == 0.4
+    assert learning_rate(settings("--lr", "0.4"), 0) == 0.4
 
 
 def test_a_node_without_the_main_nodes_checkpoint_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     elsewhere = checkpoint_path(tmp_path / "elsewhere", 5)
+    here = settings()
     monkeypatch.setattr(process, "from_main", lambda _: elsewhere)
-    with pytest.raises(FileNotFoundError, match=r"--results-dir results: no .*must share it"):
-        find_resume(parse(), tmp_path)
+    with pytest.raises(FileError, match=r"--results-dir results: no .*must share it"):
+        find_resume(here)
 
 
 # ------------------------------------------------------------------------------ EMA
@@ -235,7 +218,7 @@ def test_a_run_folder_has_settings_log_weights_and_samples(short_run: Path) -> N
     assert "step 4: loss" in log and "parameters:" in log and "done:" in log
     assert load_model(short_run).config.num_experts == NUM_EXPERTS
     with Image.open(short_run / "samples" / "0000004.png") as grid:
-        assert grid.size == (10 * 66 + 2, 6 * 66 + 2)  # 64-pixel images, 2 pixels between
+        assert grid.size == (10 * 66 + 2, 6 * 66 + 2 + 18)  # 64 px, 2 between, names above
 
 
 def test_steps_done_again_after_a_kill_appear_once_in_the_curves(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Upcycled networks give the source's output, train apart, and never leave half a folder."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import upcycle
 from checkpoint import save_safetensors
 from layouts import to_published
 from models import DiT, DiTConfig, GeluExperts
-from train_utils import build_model, initial_weights
-from train_utils import build_parser as training_parser
+from train_settings import build_parser as training_parser
+from train_utils import build_model, initial_weights, prepare
 from weights import load_model, load_settings, open_weights
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -195,17 +196,14 @@ def test_the_result_starts_a_training_run_whose_flags_do_not_tell_its_mlps(tmp_p
     run(save(random_model(dense), tmp_path / "dense.safetensors"), tmp_path / "moe")
     flags = ["--data-path", "digits", "--init-from", str(tmp_path / "moe"), "--num-classes", "10"]
     args = training_parser(None).parse_args([*flags, "--model", "DiT-Ti/2"])
-    args.image_size = 8
-    model, result = build_model(args, 1, 1), load_model(tmp_path / "moe")
+    job = prepare(args, meta=True)
+    model, settings, result = job.model, job.settings, load_model(tmp_path / "moe")
     assert model.config == result.config and model.config.norm_topk_prob
-    first = dict(initial_weights(args, {n: p.shape for n, p in model.named_parameters()}))
+    first = dict(initial_weights(settings, {n: p.shape for n, p in model.named_parameters()}))
     torch.testing.assert_close(first, dict(result.state_dict()), rtol=0, atol=0)
-    args.dry_run = True
-    with torch.device("meta"):
-        assert build_model(args, 1, 1).config == result.config
-    args.model = "DiT-Ti/4"
+    other = dataclasses.replace(settings, model="DiT-Ti/4")
     with pytest.raises(ValueError, match=r"moe has patch_size 2, this run 4.*DiT-Ti/4"):
-        build_model(args, 1, 1)
+        build_model(other, 1, 1)
 
 
 def test_weights_are_split_into_files_with_an_index_and_cast(

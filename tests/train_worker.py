@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from common import process
 from routing import LoadCounter
 from train import DdpTrainer
-from train_utils import build_parser, prepare
+from train_settings import build_parser
+from train_utils import prepare
 
 NUM_UPDATES = 5
 FLAGS = [
@@ -53,8 +54,8 @@ def micro_batches(
     trainer: DdpTrainer, batch: dict[str, Tensor]
 ) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
     """Cut this rank's micro-batches out of a global batch, as `data.TrainBatches` does."""
-    rt, size = trainer.rt, trainer.args.micro_batch_size
-    for k in range(trainer.args.accum_steps):
+    rt, size = trainer.rt, trainer.settings.micro_batch_size
+    for k in range(trainer.settings.accum_steps):
         start = (k * rt.world_size + rt.rank) * size
         part = {name: value[start : start + size] for name, value in batch.items()}
         yield part.pop("latents"), part.pop("labels"), part

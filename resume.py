@@ -1,0 +1,165 @@
+"""Going on with a run: which checkpoint, whether it is of this run, and its random state.
+
+In the order a run uses them: `find_resume`, `check_resumable`, `restore_rng`.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoint import latest_checkpoint
+from common import process
+from common.errors import FileError, UserError
+from train_settings import WARN_IF_CHANGED, TrainSettings
+from train_utils import Job
+from weights import load_settings
+
+
+def find_resume(settings: TrainSettings) -> Path | None:
+    """Return the checkpoint to continue from by `--resume`, None to start fresh.
+
+    A command that goes back to a file and is given again goes on where it stopped, as any other.
+
+    Raises:
+        UserError: if `--resume never` would write over a run.
+        FileError: if a checkpoint, or this node's copy of the run, cannot be read or is not there.
+    """
+    run_dir, wanted = settings.run_dir, Path(settings.resume)
+    latest = process.from_main(latest_checkpoint(run_dir))
+    if settings.resume == "never":
+        if latest is not None:
+            raise UserError(f"--resume never: {run_dir} has checkpoints; give another --run-name")
+        return None
+    if latest is not None and not latest.exists():
+        raise FileError(
+            f"--results-dir {settings.results_dir}: no {latest} here, but on the main node; "
+            "the nodes must share it"
+        )
+    if settings.resume == "auto":
+        return latest
+    if latest is not None and process.from_main(_is_of_this_command(latest, settings)):
+        logging.warning(
+            "%s went back to %s before: going on from %s, its last. To go back once more, give "
+            "another --run-name", run_dir, wanted, latest,
+        )  # fmt: skip
+        return latest
+    if not wanted.exists():
+        raise FileError(f"--resume {wanted}: no such file")
+    return wanted
+
+
+def _is_of_this_command(latest: Path, settings: TrainSettings) -> bool:
+    """Tell whether a checkpoint was written by a run that began with these settings' `--resume`."""
+    before, now = load_settings(latest), settings.to_dict()
+    same = ("resume", "objective", "model", *WARN_IF_CHANGED)
+    return all(before.get(name) == now[name] for name in same)
+
+
+def check_resumable(job: Job, path: Path, config: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Compare a checkpoint with the flags; warn where the run goes on in another way.
+
+    Args:
+        job: of the flags.
+        path: of the checkpoint, for messages.
+        config: of its model.
+        settings: saved with it.
+
+    Raises:
+        UserError: naming what differs, if it is of another model, objective or data set, or what
+            it holds is no settings.
+    """
+    check_types(path, config, settings)
+    if difference := data_difference(settings, job.settings):
+        text = f"{path} was trained on other data than --data-path {job.settings.data_path}: "
+        if not job.settings.allow_new_data:
+            raise UserError(
+                f"--resume: {text}{difference}; give the same data, --allow-new-data to go on "
+                "with this, or another --run-name to start anew"
+            )
+        logging.warning("%s%s", text, difference)
+    ours = {**job.model.config.to_dict(), "objective": job.settings.objective}
+    theirs = {**config, "objective": settings["objective"]}
+    if differing := [name for name in ours if theirs.get(name) != ours[name]]:
+        raise UserError(
+            f"--resume: {path} was trained with another {', '.join(differing)}; "
+            "give the same flags, or another --run-name to start anew"
+        )
+    for name in WARN_IF_CHANGED:
+        if (before := settings.get(name)) != (now := getattr(job.settings, name)):
+            logging.warning("%s: --%s was %s, is %s", path, name.replace("_", "-"), before, now)
+
+
+def check_types(path: Path, config: Any, settings: Any) -> None:
+    """Make sure that what a checkpoint keeps as its config and settings can be compared.
+
+    Raises:
+        UserError: naming the first entry of another type.
+    """
+    for part, value in {"config": config, "settings": settings}.items():
+        if not isinstance(value, dict):
+            raise UserError(f"{path} is damaged: its {part} is a {type(value).__name__}")
+        for name, entry in value.items():
+            if not _is_plain(entry):
+                raise UserError(f"{path} is damaged: {name} in its {part} is {entry!r:.60}")
+    types = {"objective": str, "class_names": list, "data_fingerprint": dict}
+    for name, kind in types.items():
+        if not isinstance(entry := settings.get(name, kind()), kind):
+            raise UserError(f"{path} is damaged: {name} in its settings is {entry!r:.60}")
+    if "objective" not in settings:
+        raise UserError(f"{path} is damaged: its settings lack the objective")
+
+
+def _is_plain(value: Any) -> bool:
+    """Tell whether a value is as JSON has them."""
+    if isinstance(value, list | tuple | dict):
+        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
+    return value is None or isinstance(value, str | int | float)
+
+
+def data_difference(before: dict[str, Any], now: TrainSettings) -> str | None:
+    """Say how the data of a run differs from what it was, None if it is the same.
+
+    Args:
+        before: settings of a checkpoint; one of before fingerprints tells its classes only.
+        now: settings of this run.
+    """
+    names, ours = before.get("class_names", now.class_names), now.class_names
+    if names != ours:
+        gone = [repr(name) for name in names if name not in ours]
+        new = [repr(name) for name in ours if name not in names]
+        parts = {"gone": gone, "new": new}
+        lists = [f"{word}: {', '.join(part[:5])}" for word, part in parts.items() if part]
+        return f"it had {len(names)} classes, now {len(ours)} ({'; '.join(lists) or 'reordered'})"
+    known = before.get("data_fingerprint", now.data_fingerprint)
+    if known == now.data_fingerprint:
+        return None
+    counts = [data.get("num_images") for data in (known, now.data_fingerprint)]
+    if counts[0] != counts[1]:
+        return f"it had {counts[0]} images, now {counts[1]}"
+    return f"as many images, {counts[0]}, but other files or labels"
+
+
+def restore_rng(
+    job: Job, path: Path, step: int, num_ranks: int, read: Callable[[int], dict[str, Tensor]]
+) -> None:
+    """Restore this rank's generators from a checkpoint, or seed anew if the ranks are others.
+
+    Args:
+        job: of this run.
+        path: of the checkpoint, for messages.
+        step: of the checkpoint.
+        num_ranks: of the run that saved it.
+        read: returns the `process.rng_state` that a rank saved.
+    """
+    if num_ranks == job.rt.world_size:
+        process.set_rng_state(read(job.rt.rank))
+        return
+    logging.warning(
+        "%s is from %d ranks, this run has %d: noise and label drops go on from new seeds",
+        path, num_ranks, job.rt.world_size,
+    )  # fmt: skip
+    torch.manual_seed(job.settings.seed + 1 + job.rt.rank + 1000 * step)
