@@ -10,18 +10,32 @@ length 2 is conditional, unconditional.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
+from itertools import count
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from models import DiT, Routing, TopKRouter
+from models import DiT, Routing
 
 PROB_UNIT = 2.0**-24  # probabilities are summed as integers, so that no order of adding matters
+_counter_numbers = count()
+
+
+def mixtures_of(model: DiT) -> list[nn.Module]:
+    """Return the mixtures of experts in order; dense blocks have none.
+
+    Whichever child of a mixture returns a `Routing` is its router.
+    """
+    return [cast(nn.Module, block.moe) for block in model.blocks if block.is_moe]
 
 
 class LoadCounter:
     """Count the tokens each expert of each layer gets while the model runs.
+
+    It follows compiled blocks too: all layers have one and the same hook, which finds the layer's
+    row of `counts` at the module. A hook that knew its layer would be another program for each.
 
     With gradient checkpointing the blocks run twice in training and every count doubles, which
     leaves all measures as they are.
@@ -30,27 +44,24 @@ class LoadCounter:
         counts: (L, E) int64 on the model's device; L = 0 for a dense model.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device | None = None) -> None:
-        """Hook into the routers.
+    def __init__(self, model: DiT, device: torch.device | None = None) -> None:
+        """Hook into the mixtures.
 
         Args:
             model: in which to count.
             device: it runs on; by default that of its parameters.
         """
-        routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
-        num_experts = routers[0].num_experts if routers else 0
+        mixtures = mixtures_of(model)
         device = device or next(model.parameters()).device
-        self.counts = torch.zeros(len(routers), num_experts, dtype=torch.int64, device=device)
-        self._hooks = [
-            router.register_forward_hook(self._make_hook(layer))
-            for layer, router in enumerate(routers)
-        ]
-
-    def _make_hook(self, layer: int) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, routing: Routing) -> None:
-            self.counts[layer] += tokens_per_expert(routing.expert_indices, self.counts.shape[1])
-
-        return hook
+        shape = (len(mixtures), model.config.num_experts)
+        self.counts = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._name = f"load_counter_{next(_counter_numbers)}"  # another counter is not disturbed
+        self._hooks = []
+        hook = _load_hook(self._name)
+        for mixture, row in zip(mixtures, self.counts, strict=True):
+            for child in mixture.children():
+                setattr(child, self._name, row)
+                self._hooks.append(child.register_forward_hook(hook))
 
     def reset(self) -> None:
         """Start counting from zero."""
@@ -60,6 +71,17 @@ class LoadCounter:
         """Take the hooks off the model."""
         for hook in self._hooks:
             hook.remove()
+
+
+def _load_hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+    """Return a forward hook that adds to the row of counts that a module has under `name`."""
+
+    def hook(module: nn.Module, _inputs: Any, output: Any) -> None:
+        if isinstance(output, Routing):
+            row = getattr(module, name)
+            row.add_(tokens_per_expert(output.expert_indices, len(row)))
+
+    return hook
 
 
 class RoutingRecorder:
@@ -80,8 +102,8 @@ class RoutingRecorder:
 
     def __init__(self, model: DiT, num_steps: int, num_raw: int = 0) -> None:
         config = model.config
-        self._routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
-        L, E, K = len(self._routers), config.num_experts, config.num_experts_per_tok
+        mixtures = mixtures_of(model)
+        L, E, K = len(mixtures), config.num_experts, config.num_experts_per_tok
         self._num_tokens = T = (config.input_size // config.patch_size) ** 2
         self.device, self._num_raw, self._step = next(model.parameters()).device, num_raw, 0
         self.tables = {
@@ -94,8 +116,9 @@ class RoutingRecorder:
             "raw_ids": self._zeros(num_raw, num_steps, L, T, K, dtype=torch.uint8),
         }
         self._hooks = [
-            router.register_forward_hook(self._make_hook(layer))
-            for layer, router in enumerate(self._routers)
+            child.register_forward_hook(self._make_hook(layer))
+            for layer, mixture in enumerate(mixtures)
+            for child in mixture.children()
         ]
 
     def _zeros(self, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -122,7 +145,9 @@ class RoutingRecorder:
             hook.remove()
 
     def _make_hook(self, layer: int) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, routing: Routing) -> None:
+        def hook(_module: nn.Module, _inputs: Any, routing: Any) -> None:
+            if not isinstance(routing, Routing):
+                return
             N, T = len(self._labels), self._num_tokens
             chosen = torch.zeros_like(routing.probs).scatter_(1, routing.expert_indices, 1.0)
             probs = (routing.probs / PROB_UNIT).round().long()  # (M, E)

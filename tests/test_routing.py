@@ -4,10 +4,18 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from models import DiT, DiTConfig, Routing, TopKRouter
-from routing import LoadCounter, dead_experts, load_entropy, max_violation, tokens_per_expert
+from models import DiT, DiTBlock, DiTConfig, Routing, TopKRouter
+from routing import (
+    LoadCounter,
+    RoutingRecorder,
+    dead_experts,
+    load_entropy,
+    max_violation,
+    tokens_per_expert,
+)
 
 TINY = DiTConfig(
     input_size=4,
@@ -18,12 +26,15 @@ TINY = DiTConfig(
     num_experts=4,
     num_experts_per_tok=2,
 )
+DENSE = DiTConfig(**{**TINY.to_dict(), "num_experts": 0})
+DEEP = DiTConfig(**{**TINY.to_dict(), "depth": 12})  # dynamo compiles a function 8 times at most
 EVEN, HALF, COLLAPSED = [5, 5, 5, 5], [10, 10, 0, 0], [0, 0, 20, 0]
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(3, 4, 4, 4, generator=generator), torch.rand(3), torch.tensor([0, 1, 2])
+    x, t = torch.randn(3, 4, 4, 4, generator=generator), torch.rand(3, generator=generator)
+    return x, t, torch.tensor([0, 1, 2])
 
 
 @pytest.fixture
@@ -78,8 +89,107 @@ def test_gradient_checkpointing_doubles_the_counts_and_keeps_the_measures(model:
 
 
 def test_a_dense_model_has_an_empty_table():
-    counter = LoadCounter(DiT(DiTConfig(**{**TINY.to_dict(), "num_experts": 0})))
+    counter = LoadCounter(DiT(DENSE))
     assert counter.counts.shape[0] == 0
+
+
+def test_two_counters_of_a_model_count_for_themselves(model: DiT):
+    first = LoadCounter(model)
+    model(*inputs())
+    second = LoadCounter(model)
+    model(*inputs())
+    assert torch.equal(first.counts, 2 * second.counts)
+    second.remove()
+    model(*inputs())
+    assert torch.equal(first.counts, 3 * second.counts)
+
+
+class LastExpertsRouter(nn.Module):
+    """Send every token to the last two of four experts."""
+
+    def forward(self, x: Tensor) -> Routing:
+        probs = x.new_tensor([0.0, 0.0, 0.25, 0.75]).expand(len(x), 4)
+        indices = torch.tensor([2, 3]).expand(len(x), 2)
+        return Routing(indices, probs[:, 2:], probs, x.new_ones(()))
+
+
+def with_other_routers(model: DiT) -> DiT:
+    for block in model.blocks:
+        block.moe.router = LastExpertsRouter()  # type: ignore[union-attr]
+    return model
+
+
+def test_a_router_of_any_class_is_counted(model: DiT):
+    counter = LoadCounter(with_other_routers(model))
+    model(*inputs())
+    assert counter.counts.tolist() == [[0, 0, 12, 12]] * 2  # N * T tokens for both
+
+
+def test_a_router_of_any_class_is_recorded(model: DiT):
+    recorder = RoutingRecorder(with_other_routers(model), num_steps=1, num_raw=3)
+    recorder.begin(torch.tensor([0, 1, 2]), first_index=0)
+    model(*inputs())
+    assert recorder.tables["by_step"][0, 0].tolist() == [[0, 0, 12, 12]] * 2
+    assert recorder.tables["raw_ids"].unique(dim=-2).flatten().tolist() == [3, 2] * 6
+    recorder.remove()
+
+
+# -- compiled blocks
+
+
+def interleaved(model: DiT) -> DiT:
+    """Make every second block dense."""
+    for layer in range(0, len(model.blocks), 2):
+        model.blocks[layer] = DiTBlock(DENSE)
+    return model
+
+
+def run_every_way(model: DiT, counter: LoadCounter) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return prediction and counts of a training step, evaluation and a guided grid's step."""
+    (x, t, y), found = inputs(), {}
+    for way in ("train", "eval", "grid"):
+        counter.reset()
+        model.train(way == "train")
+        if way == "train":
+            out, aux_loss = model(x, t, y, torch.zeros(3, dtype=torch.bool))
+            (out.square().mean() + aux_loss).backward()
+        else:
+            copies = 2 if way == "grid" else 1
+            with torch.no_grad():
+                out = model(x.repeat(copies, 1, 1, 1), t.repeat(copies), y.repeat(copies))
+        found[way] = (out.detach(), counter.counts.clone())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kinds", "grad_checkpointing", "dtype"),
+    [
+        (1, False, torch.float32),
+        pytest.param(1, False, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(1, True, torch.float32, marks=pytest.mark.slow),
+        pytest.param(2, True, torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
+def test_all_blocks_of_a_shape_are_one_graph_with_a_counter_on(
+    kinds: int, grad_checkpointing: bool, dtype: torch.dtype
+):
+    torch.manual_seed(0)
+    model = interleaved(DiT(DEEP)) if kinds == 2 else DiT(DEEP)
+    model.grad_checkpointing = grad_checkpointing
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    counter = LoadCounter(model)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        expected = run_every_way(model, counter)
+        torch.compiler.reset()
+        backend = CompileCounterWithBackend("eager")
+        for block in model.blocks:
+            block.compile(fullgraph=True, backend=backend)
+        found = run_every_way(model, counter)
+    assert backend.frame_count == 3 * kinds  # train, eval, and a batch of any other size
+    for way, (out, counts) in expected.items():
+        assert counts.shape == (12 // kinds, 4) and counts.sum(dim=1).unique().numel() == 1
+        assert torch.equal(found[way][0], out) and torch.equal(found[way][1], counts), way
 
 
 @pytest.mark.parametrize(
