@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.errors import FileError, UserError
 from common.network import why_unreachable
+from common.quiet import silence_torchao, silence_worker_count
 from image_files import UnreadableImageError, list_classes, read_square
 from latent_index import cache_index
 
@@ -475,6 +476,7 @@ def make_loader(
         start_step=start_step,
         flip=dataset.flip,
     )
+    silence_worker_count()
     fetched: DataLoader = DataLoader(
         _Worker(dataset),
         batch_sampler=batches,
@@ -593,6 +595,7 @@ def load_vae(
         return Pixels()
     files = _find_vae(str(vae_path))
     _check_config(files.config, vae_path)
+    silence_torchao()
     from diffusers import AutoencoderKL
 
     options: dict[str, Any] = {"low_cpu_mem_usage": False, "output_loading_info": True}

@@ -26,6 +26,7 @@ from common import process
 from common.errors import UserError, one_line_errors, printable
 from common.files import atomic_write, file_crc32
 from common.flags import FlagParser, number
+from common.quiet import silence_worker_count
 from data import VAE, FolderImages, load_dataset, load_vae
 from image_files import UnreadableImageError
 from latent_cache import DTYPES, CachedLatents, from_stored, plan, to_stored
@@ -131,6 +132,7 @@ class Encoder:
         shape = (len(rows), 2, 2, *self.index["latent_shape"])
         out = torch.zeros(shape, dtype=DTYPES[self.index["dtype"]][1]).numpy()
         unreadable = []
+        silence_worker_count()
         loader = DataLoader(
             _Readable(self.dataset),
             batch_size=self.args.batch_size,

@@ -105,12 +105,18 @@ def check_types(path: Path, config: Any, settings: Any) -> None:
         for name, entry in value.items():
             if not _is_plain(entry):
                 raise UserError(f"{path} is damaged: {name} in its {part} is {entry!r:.60}")
-    types = {"objective": str, "class_names": list, "data_fingerprint": dict}
-    for name, kind in types.items():
-        if not isinstance(entry := settings.get(name, kind()), kind):
-            raise UserError(f"{path} is damaged: {name} in its settings is {entry!r:.60}")
     if "objective" not in settings:
         raise UserError(f"{path} is damaged: its settings lack the objective")
+    names = settings.get("class_names", [])
+    listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    known = {
+        "objective": isinstance(settings["objective"], str),
+        "class_names": listed,
+        "data_fingerprint": isinstance(settings.get("data_fingerprint", {}), dict),
+    }
+    for name, valid in known.items():
+        if not valid:
+            raise UserError(f"{path} is damaged: {name} in its settings is {settings[name]!r:.60}")
 
 
 def _is_plain(value: Any) -> bool:

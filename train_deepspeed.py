@@ -175,13 +175,24 @@ def build_deepspeed_parser() -> FlagParser:
     """Return train.py's flags and those of the engine."""
     parser = build_parser(__doc__)
     group = parser.group("DeepSpeed")
-    group.add("--deepspeed-config", default="config/zero2.json", help="ZeRO and precision, JSON")
-    group.add("--local-rank", type=int, help="given by launchers, who also set LOCAL_RANK")
+    group.add(
+        "--deepspeed-config",
+        default="config/zero2.json",
+        metavar="FILE",
+        help="JSON file with the ZeRO stage and the precision of the engine.",
+    )
+    group.add(
+        "--local-rank",
+        type=int,
+        metavar="N",
+        help="Number of this process on its node, which launchers give; not read.",
+    )
     group.add(
         "--plan-ranks",
         type=number(int, 1),
         nargs="+",
-        help="numbers of ranks that --dry-run plans for; default: this run's, else 8 16 64",
+        metavar="N",
+        help="Numbers of ranks whose memory --dry-run plans. Default: this run's, else 8 16 64.",
     )
     return parser
 

@@ -27,7 +27,8 @@ WARN_IF_CHANGED = (
     *("data_path", "vae_path", "flip", "seed", "global_batch_size", "lr", "warmup_steps"),
     *("weight_decay", "clip_grad", "ema_decay", "aux_loss_weight", "precision"),
 )
-FITTING_SIZES = {"digits": "DiT-Ti/1 or DiT-Ti/2", "fashion-mnist": "DiT-Ti/4"}  # else DiT-S/2
+# Embedded data, and the sizes that fit them; to folders DiT-S/2 does.
+FITTING_SIZES = {"digits": "DiT-Ti/1 or DiT-Ti/2", "fashion-mnist": "DiT-Ti/4"}
 
 
 # ------------------------------------------------------------------------------ flags
@@ -550,6 +551,8 @@ def default_run_name(args: argparse.Namespace) -> str:
         if (value := getattr(args, name)) != default(name):
             on_or_off = {True: label, False: f"no{label}"}
             parts.append(on_or_off[value] if isinstance(value, bool) else f"{label}{value}")
+    if args.vae_path == "none" and args.data_path not in FITTING_SIZES:
+        parts.append("pixels")
     paths = [_whole_path(getattr(args, name)) for name in HASHED_FLAGS]
     if any(paths):
         parts.append(_short_hash(paths))

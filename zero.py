@@ -15,15 +15,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import deepspeed
 import torch
 from torch import Tensor, nn
 
 from common import process
 from common.process import Runtime
+from common.quiet import silence_accelerator
 from models import DiT
 from sharded import Fragment
 from train_settings import TrainSettings
+
+silence_accelerator()
+import deepspeed  # noqa: E402
 
 # What the flags own, by its name in a DeepSpeed file.
 OWNED_BY_FLAGS = {

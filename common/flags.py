@@ -9,6 +9,7 @@ import difflib
 import math
 import os
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -88,6 +89,9 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
             rest = [argparse.Action([], "flags", metavar="[flags]")]
             actions, groups = [*rest, *shown] if len(shown) < len(actions) else shown, []
         super().add_usage(usage, actions, groups, prefix)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         """Return the help with a default that is a value; the text explains any other."""

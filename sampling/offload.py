@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.quiet import silence_torchao
 from models import DiT
 from moe_ops import sort_by_expert, sum_rows
 from weights import Weights, build_model, empty_model, open_weights, place, read_blocks
@@ -136,6 +137,7 @@ class Int8Experts(nn.Module):
     def __init__(self, experts: nn.Module) -> None:
         """Quantize `Experts` or `GeluExperts`, on their device; needs torchao."""
         super().__init__()
+        silence_torchao()
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
         weights = dict(experts.named_parameters())

@@ -1,5 +1,7 @@
 """The scripts as a user types them: published commands and spellings, help, dry runs, mistakes."""
 
+import itertools
+import logging
 import os
 import re
 import runpy
@@ -14,8 +16,13 @@ from launch import REPO, TINY_RUN, Process, save_tiny_vae, torchrun
 from PIL import Image
 
 from checkpoint import checkpoint_path, load_checkpoint
+from common.errors import UserError
+from common.flags import MODEL_SIZES, FlagParser
+from common.quiet import silence
+from models import DiT_models
 from train_deepspeed import build_deepspeed_parser
 from train_settings import build_parser
+from train_utils import prepare
 from weights import load_model
 
 SCRIPTS = sorted(path.name for path in REPO.glob("*.py") if "__main__" in path.read_text())
@@ -157,6 +164,105 @@ def test_launch_scripts_start_training_with_flags_that_it_knows(
 
 
 # ------------------------------------------------------------------------------ help, dry run
+
+
+def flag_entries(help_text: str) -> dict[str, str]:
+    """Return flag -> its explanation, as `--help` prints them, lines joined."""
+    entries = re.findall(r"^  (--.*(?:\n {6,}.*)*)", help_text, re.M)
+    parts = [re.split(r"\s{2,}", entry, maxsplit=1) for entry in entries]
+    return {head.split()[0]: " ".join(rest.split()) for head, rest in parts}
+
+
+@pytest.mark.parametrize("script", ["train.py", "train_deepspeed.py"])
+def test_help_lists_a_flag_once_as_a_sentence_with_its_default(
+    script: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_script(script, "--help")[0] == 0
+    text = capsys.readouterr().out
+    entries = flag_entries(text)
+    for name, sentence in entries.items():
+        assert len(re.findall(rf"^  {name}(?![\w-])", text, re.M)) == 1
+        assert re.match(r"[A-Z]\w+ .*\.$", sentence), f"{name}: {sentence}"
+    assert not re.search(r"^ .*--\w+_", text[text.index("Data:") :], re.M)  # no other spelling
+    assert entries["--lr"].endswith("Default: 0.0001.")
+    assert entries["--rf"].endswith("Default: off.")
+    assert f"usage: {script} --data-path DATA [flags]\n" in text
+
+
+def test_help_names_every_registered_size(capsys: pytest.CaptureFixture[str]) -> None:
+    named = set()
+    for part in MODEL_SIZES.split(", "):
+        options = [braced.split(",") for braced in re.findall(r"\{(.*?)\}", part)]
+        pattern = re.sub(r"\{.*?\}", "{}", part)
+        named |= {pattern.format(*chosen) for chosen in itertools.product(*options)}
+    assert named == set(DiT_models)
+    run_script("train.py", "--help")
+    assert MODEL_SIZES.split(", ")[0] in capsys.readouterr().out
+
+
+def test_help_of_any_style_ends_as_a_sentence_with_the_default_as_typed() -> None:
+    parser = FlagParser("Docs.")
+    group = parser.group("Group")
+    group.add("--old-style", default=5, help="of the noise")
+    group.add("--whole", default=[0.0, 1.0], nargs=2, help="Share of 10%% of it.")
+    group.add("--explained", help="Where. Default: there.")
+    group.add("--percent", default="5%", help="Text")
+    entries = flag_entries(parser.format_help())
+    assert entries == {
+        "--old-style": "of the noise. Default: 5.",
+        "--whole": "Share of 10% of it. Default: 0.0 1.0.",
+        "--explained": "Where. Default: there.",
+        "--percent": "Text. Default: 5%.",
+    }
+
+
+@pytest.mark.parametrize(
+    ("data", "sizes"),
+    [("digits", "DiT-Ti/1 or DiT-Ti/2"), ("fashion-mnist", "DiT-Ti/4"), ("photos", "DiT-S/2")],
+)
+def test_a_missing_model_is_refused_with_a_size_that_fits_the_data(data: str, sizes: str) -> None:
+    message = f"--model is required; for --data-path {data} take {sizes}"
+    with pytest.raises(UserError, match=message):
+        prepare(build_parser(None).parse_args(["--data-path", data]))
+
+
+def test_a_rank_that_refuses_a_flag_says_which_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    assert run_script("train.py", "--lr", "x")[0] == 2
+    assert capsys.readouterr().err == "train.py (rank 3): error: --lr: invalid float value: 'x'\n"
+
+
+# ------------------------------------------------------------------------------ start-up noise
+
+
+def test_what_libraries_say_at_start_up_and_means_nothing_is_not_printed(
+    inputs: Path, tmp_path: Path
+) -> None:
+    program = """
+import sys
+from data import load_dataset, load_vae, make_loader
+import zero
+load_vae(sys.argv[1], device="cpu")
+data = load_dataset(sys.argv[2], image_size=8)
+options = dict(rank=0, world_size=1, seed=0, num_workers=300)
+make_loader(data, micro_batch_size=2, accum_steps=1, **options)
+"""
+    command = [sys.executable, "-c", program, str(inputs / "vae"), str(inputs / "images")]
+    environment = os.environ | {"PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+def test_other_lines_of_a_silenced_library_are_printed(caplog: pytest.LogCaptureFixture) -> None:
+    silence("tests.noisy", "means nothing")
+    silence("tests.noisy", "means nothing")
+    logger = logging.getLogger("tests.noisy")
+    assert len(logger.filters) == 1
+    logger.warning("this %s nothing", "means")
+    logger.warning("this matters")
+    assert [record.getMessage() for record in caplog.records] == ["this matters"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

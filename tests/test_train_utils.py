@@ -14,14 +14,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.testing import assert_close
 
 from checkpoint import checkpoint_path, save_safetensors
-from common import process
-from common.errors import FileError, UserError
+from common.errors import UserError
 from models import DiT_models
-from resume import find_resume
 from routing import LoadCounter
 from train import DdpTrainer
 from train_loop import Reporter, draw_grid, launch, learning_rate, load_scalars
-from train_settings import TrainSettings, build_parser, split_batch
+from train_settings import TrainSettings, build_parser
 from train_utils import Ema, Job, build_model, describe, initial_weights, prepare
 from weights import load_model
 
@@ -54,60 +52,6 @@ def read_curves(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 # ------------------------------------------------------------------------------ flags
-
-
-@pytest.mark.parametrize(
-    ("flags", "world_size", "expected"),
-    [
-        ([], 1, (24, 1)),
-        ([], 4, (6, 1)),
-        (["--accum-steps", "3"], 2, (4, 3)),
-        (["--micro-batch-size", "4"], 2, (4, 3)),
-        (["--micro-batch-size", "4", "--accum-steps", "3"], 2, (4, 3)),
-    ],
-)
-def test_the_batch_is_split_over_ranks_and_passes(
-    flags: list[str], world_size: int, expected: tuple[int, int]
-) -> None:
-    assert split_batch(parse("--global-batch-size", "24", *flags), world_size) == expected
-
-
-@pytest.mark.parametrize(
-    ("flags", "world_size", "message"),
-    [
-        ([], 5, "--global-batch-size 24 is not a multiple of 5 ranks"),
-        (["--accum-steps", "5"], 1, "24 is not --micro-batch-size 4 x --accum-steps 5 x 1 ranks"),
-        (["--micro-batch-size", "5"], 1, "24 is not --micro-batch-size 5 x --accum-steps 4 x"),
-        (["--micro-batch-size", "48"], 1, "24 is not --micro-batch-size 48 x"),
-        (["--accum-steps", "48"], 1, "24 is less than --accum-steps 48 x 1 ranks"),
-    ],
-)
-def test_batch_sizes_that_do_not_fit_are_refused(
-    flags: list[str], world_size: int, message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        split_batch(parse("--global-batch-size", "24", *flags), world_size)
-
-
-def test_data_decides_classes_size_vae_and_workers(tmp_path: Path) -> None:
-    job = tiny_job(tmp_path)
-    resolved = job.settings
-    assert resolved.class_names == [*"0123456789"]
-    assert (resolved.image_size, resolved.vae_path, resolved.num_workers) == (8, "none", 0)
-    config = job.model.config
-    assert (config.input_size, config.in_channels, config.num_classes) == (8, 1, 10)
-    assert not (tmp_path / "run").exists()
-
-
-def test_fewer_classes_than_the_data_has_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--num-classes 9 is less than the 10 classes of"):
-        tiny_job(tmp_path, "--num-classes", "9")
-
-
-def test_epochs_and_max_steps_end_a_run_whichever_is_first(tmp_path: Path) -> None:
-    flags = ("--global-batch-size", "100", "--epochs", "2")  # 14 steps an epoch
-    assert tiny_job(tmp_path, *flags, "--max-steps", "1000").settings.max_steps == 28
-    assert tiny_job(tmp_path, *flags, "--max-steps", "3").settings.max_steps == 3
 
 
 def test_the_same_seed_gives_the_same_initial_weights_and_another_seed_others(
@@ -160,16 +104,6 @@ def test_the_learning_rate_warms_up_linearly_then_stays() -> None:
         [0.1, 0.2, 0.3, 0.4, 0.4, 0.4]
     )
     assert learning_rate(settings("--lr", "0.4"), 0) == 0.4
-
-
-def test_a_node_without_the_main_nodes_checkpoint_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    elsewhere = checkpoint_path(tmp_path / "elsewhere", 5)
-    here = settings()
-    monkeypatch.setattr(process, "from_main", lambda _: elsewhere)
-    with pytest.raises(FileError, match=r"--results-dir results: no .*must share it"):
-        find_resume(here)
 
 
 # ------------------------------------------------------------------------------ EMA
