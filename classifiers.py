@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.files import atomic_write
+from common.errors import FileError, UserError
+from common.files import atomic_write, verify_file
 from data import ImageDataset, load_dataset
 
 EPOCHS = {"digits": 40, "fashion-mnist": 3}
@@ -71,16 +72,21 @@ def load_classifier(name: str, cache: Path, fashion_mnist_root: str | None = Non
         fashion_mnist_root: see `data.load_dataset`.
 
     Raises:
-        ValueError: there is no classifier of that data.
+        UserError: there is no classifier of that data.
+        FileError: the file in the cache is damaged.
     """
     if name not in EPOCHS:
-        raise ValueError(f"there are classifiers for {' and '.join(EPOCHS)}, not for {name}")
+        raise UserError(f"there are classifiers for {' and '.join(EPOCHS)}, not for {name}")
     path = cache / f"{name}.pt"
     model = SmallCNN(10, SIZES[name])
-    saved = torch.load(path, weights_only=True) if path.exists() else {}
-    if saved.get("format") == FORMAT:
-        model.load_state_dict(saved["model"])
-        return Classifier(model.eval(), saved["accuracy"])
+    try:
+        saved = torch.load(path, weights_only=True) if path.exists() else {}
+        if saved.get("format") == FORMAT:
+            verify_file(path)
+            model.load_state_dict(saved["model"])
+            return Classifier(model.eval(), float(saved["accuracy"]))
+    except Exception as error:  # of many types, by what is wrong in the file
+        raise FileError(f"{path} is damaged; delete it, and it is trained again") from error
 
     def split(part: str) -> tuple[Tensor, Tensor]:
         return load_all(load_dataset(name, split=part, fashion_mnist_root=fashion_mnist_root))

@@ -4,18 +4,22 @@ A set has a number of images and gives images first..stop-1 as (N, C, S, S); not
 """
 
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from common.arrays import array_header
+from common.errors import FileError, UserError
 from common.files import atomic_write
 from data import ImageDataset
+from image_files import list_images, read_image, read_square, same_size
+
+MAX_UNPACKED, MAX_RATIO = 2**30, 50  # bytes of a compressed array, and how many a packed byte gives
 
 
 class ImageSet(Protocol):
@@ -63,17 +67,26 @@ class Spread:
 class FolderSet:
     """All image files below a folder, in the order of their names, all of one size."""
 
-    def __init__(self, folder: Path) -> None:
-        """List the files.
+    def __init__(self, folder: Path, image_size: int | None = None) -> None:
+        """List the files, and read their headers to compare their sizes.
+
+        Args:
+            folder: with images, at any depth.
+            image_size: S, pixels, to which each image is cropped as for training; None leaves them
+                as they are.
 
         Raises:
-            ValueError: there are none.
+            UserError: there are none, or they are of several sizes and not to be cropped.
+            FileError: a file is broken.
         """
-        self.name = str(folder)
-        files = (path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
-        self.paths = sorted(files)
+        self.name, self.image_size = str(folder), image_size
+        if not folder.is_dir():
+            raise UserError(f"{folder} is no folder of images and no .npz")
+        self.paths = sorted(Path(path) for path in list_images(folder))
         if not self.paths:
-            raise ValueError(f"--images {folder}: no image files in it")
+            raise UserError(f"{folder}: no image files in it")
+        if image_size is None:
+            same_size(self.paths)
 
     def __len__(self) -> int:
         """Return n."""
@@ -83,20 +96,13 @@ class FolderSet:
         """Return images first..stop-1 in RGB, (N, 3, S, S) uint8.
 
         Raises:
-            ValueError: a file is broken or of another size.
+            FileError: a file is broken.
         """
-        arrays = []
-        for path in self.paths[first:stop]:
-            try:
-                with Image.open(path) as image:
-                    arrays.append(np.array(image.convert("RGB")))
-            except Exception as error:  # PIL raises many types for a broken file
-                raise ValueError(f"cannot read the image file {path}: {error}") from error
-            if arrays[-1].shape != arrays[0].shape:
-                raise ValueError(
-                    f"{path} has {arrays[-1].shape[:2]} pixels, {self.paths[first]} "
-                    f"{arrays[0].shape[:2]}: images must be of one size"
-                )
+        size = self.image_size
+        arrays = [
+            np.array(read_image(path)) if size is None else read_square(path, size)
+            for path in self.paths[first:stop]
+        ]
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
 
@@ -107,16 +113,19 @@ class NpzSet:
         """Open the file.
 
         Raises:
-            ValueError: it is not such a file.
+            FileError: it is not such a file.
         """
         self.name = str(path)
         try:
             self.array = _map_member(path, "arr_0.npy")
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path}: no images arr_0 in it: {error}") from error
-        if self.array.ndim != 4 or self.array.dtype != np.uint8:
-            raise ValueError(
-                f"{path}: arr_0 is {self.array.dtype} {self.array.shape}, not uint8 (n, S, S, C)"
+        except OSError as error:
+            raise FileError(f"cannot read {path}: {error.strerror or error}") from error
+        except (KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise FileError(f"{path}: no images arr_0 in it: {error}") from error
+        shape = self.array.shape
+        if len(shape) != 4 or self.array.dtype != np.uint8 or 0 in shape or shape[3] not in (1, 3):
+            raise FileError(
+                f"{path}: arr_0 is {self.array.dtype} {shape}, not uint8 (n, S, S, 1 or 3)"
             )
 
     def __len__(self) -> int:
@@ -132,18 +141,21 @@ def _map_member(path: Path, member: str) -> np.ndarray:
     with zipfile.ZipFile(path) as archive:
         info = archive.getinfo(member)
     if info.compress_type != zipfile.ZIP_STORED:
+        if info.file_size > max(MAX_UNPACKED, MAX_RATIO * info.compress_size):
+            raise ValueError(f"{info.compress_size:,} bytes unpack to {info.file_size:,}")
         with np.load(path) as file:
             return file[member.removesuffix(".npy")]
     with open(path, "rb") as file:
         file.seek(info.header_offset + 26)  # lengths of the name and of the extra field
         lengths = np.frombuffer(file.read(4), "<u2")
         file.seek(int(lengths.sum()), 1)
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else None
-        shape, fortran, dtype = (read or np.lib.format.read_array_header_2_0)(file)
-        if fortran:
+        start = file.tell()
+        header = array_header(file)
+        if header.end - start != info.file_size:
+            raise ValueError(f"{info.file_size} bytes, not those of {header.shape}")
+        if header.column_major:
             raise ValueError("column-major arrays are not images")
-        return np.memmap(path, dtype, "r", offset=file.tell(), shape=shape)
+        return np.memmap(path, header.dtype, "r", offset=header.offset, shape=header.shape)
 
 
 def save_npz(path: Path, num_images: int, batches: Iterator[Tensor], labels: Tensor) -> None:

@@ -8,7 +8,9 @@ Shape letters: N images in a batch, n in a set, D features, S features with posi
 """
 
 import hashlib
-import pickle
+import zipfile
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,11 +20,15 @@ from torch import Tensor, nn
 
 from classifiers import Classifier, Features
 from common import process
+from common.errors import FileError, UserError
 from common.files import atomic_write
+from common.network import why_unreachable
 
 NEIGHBOURS = 3  # of precision and recall, arXiv:1904.06991
 MAX_ROWS = 50_000  # images of a set whose features are kept, for precision and recall
 
+
+GIVE_WEIGHTS = "give torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
 
 # ------------------------------------------------------------------------------ extractors
 
@@ -34,6 +40,22 @@ class Extractor(Protocol):
     identity: str  # tells extractors with other weights apart
 
     def __call__(self, images: Tensor) -> Features: ...
+
+
+def find_inception_weights() -> str | None:
+    """Return the file that was downloaded before, None if it can be downloaded now.
+
+    Raises:
+        UserError: neither.
+    """
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    downloaded = Path(torch.hub.get_dir(), "checkpoints", URL_INCEPTION_V3.split("/")[-1])
+    if downloaded.is_file():
+        return str(downloaded)
+    if why := why_unreachable(URL_INCEPTION_V3):
+        raise UserError(f"--inception-weights: can't be downloaded ({why}); {GIVE_WEIGHTS}")
+    return None
 
 
 class InceptionExtractor:
@@ -55,20 +77,23 @@ class InceptionExtractor:
             device: where it runs.
 
         Raises:
-            ValueError: the file is not there, is not such weights, or can't be downloaded.
+            UserError: the file is not there, is not such weights, or can't be downloaded.
         """
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        hint = "give torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
+        weights = weights or find_inception_weights()
         try:
             if weights is not None:  # torch-fidelity unpickles: first make sure that it is tensors
+                if not Path(weights).is_file():
+                    raise FileNotFoundError("no such file")
                 torch.load(weights, map_location="cpu", weights_only=True)
             network = FeatureExtractorInceptionV3(
                 "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights
             )
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except Exception as error:  # of many types, by what is wrong in the file
             given = "can't be downloaded" if weights is None else f"{weights} does not load"
-            raise ValueError(f"--inception-weights: {given}; {hint}: {error}") from error
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"--inception-weights: {given}; {GIVE_WEIGHTS}: {reason}") from error
         self.network, self.device = network.to(device), device
         self._spatial = torch.empty(0)
         branch: nn.Module = network.Mixed_6d.branch1x1
@@ -178,12 +203,34 @@ class Statistics:
 
     @staticmethod
     def load(path: Path) -> "Statistics":
-        """Read a file of `save`."""
-        with np.load(path) as file:
-            pool = {"mu": file["mu"], "sigma": file["sigma"]}
-            spatial = {"mu": file["mu_s"], "sigma": file["sigma_s"]}
-            rows, logits = (torch.from_numpy(file[name]) for name in ("rows", "logits"))
-            return Statistics(int(file["count"]), pool, spatial, rows, logits)
+        """Read a file of `save`, whose checksums are compared.
+
+        Raises:
+            FileError: it is damaged or something else.
+        """
+        try:
+            with np.load(path) as file:
+                pool, spatial = read_moments(file, ""), read_moments(file, "_s")
+                rows, logits = (torch.from_numpy(file[name]) for name in ("rows", "logits"))
+                return Statistics(int(file["count"]), pool, spatial, rows, logits)
+        except (KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise FileError(f"{path} is damaged ({error}); delete it") from error
+
+
+def read_moments(file: Mapping[str, np.ndarray], ending: str) -> dict[str, np.ndarray]:
+    """Return "mu" (D,) and "sigma" (D, D) in float64 from an .npz, whose names have an ending.
+
+    Raises:
+        ValueError: they are of other shapes, or no numbers.
+        KeyError: one is not there.
+    """
+    mean, covariance = file[f"mu{ending}"], file[f"sigma{ending}"]
+    if mean.ndim != 1 or covariance.shape != 2 * mean.shape:
+        raise ValueError(f"mu{ending} is {mean.shape}, sigma{ending} {covariance.shape}")
+    found = {"mu": mean.astype(float), "sigma": covariance.astype(float)}
+    if not all(np.isfinite(array).all() for array in found.values()):
+        raise ValueError(f"mu{ending} or sigma{ending} is not finite")
+    return found
 
 
 class StatisticsBuilder:

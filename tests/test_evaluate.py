@@ -1,18 +1,31 @@
 """evaluate.py: which samples it draws, on how many ranks, after a kill; what it says of them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from launch import Process, torchrun
+from PIL import Image
 
 import classifiers
+import comparison
 import evaluate
-from checkpoint import save_safetensors
+from checkpoint import (
+    checkpoint_hash,
+    checkpoint_path,
+    commit_checkpoint,
+    save_checkpoint,
+    save_safetensors,
+)
 from classifiers import load_classifier
+from common import process
+from common.errors import FileError, UserError
+from comparison import Look, describe_source, reference_statistics
 from image_sets import NpzSet, save_npz
+from metrics import ClassifierExtractor, Statistics
 from models import DiT, DiTConfig
 
 TINY = DiTConfig(
@@ -116,7 +129,7 @@ def test_a_killed_run_goes_on_to_the_same_samples_and_values(
     whole: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[int] = []
-    draw = evaluate.Sampler.draw
+    draw = evaluate.SampleRun.draw
 
     def count(self, seed, first, stop):
         if len(drawn) == 2 and stop <= 15:
@@ -124,7 +137,7 @@ def test_a_killed_run_goes_on_to_the_same_samples_and_values(
         drawn.append(first)
         return draw(self, seed, first, stop)
 
-    monkeypatch.setattr(evaluate.Sampler, "draw", count)
+    monkeypatch.setattr(evaluate.SampleRun, "draw", count)
     with pytest.raises(KeyboardInterrupt):
         run(folder, tmp_path)
     assert drawn == [0, 5] and not (tmp_path / "seed0.npz").exists()
@@ -139,7 +152,7 @@ def test_a_killed_run_goes_on_to_the_same_samples_and_values(
 def test_samples_of_another_command_are_not_taken_for_these(
     whole: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit, match=r"holds samples with cfg_scale 1\.5, this command has 2"):
+    with pytest.raises(UserError, match=r"holds samples with cfg_scale 1\.5, this command has 2"):
         run(folder, whole, "--cfg-scale", "2")
 
 
@@ -148,7 +161,7 @@ def test_samples_through_another_vae_are_not_taken_for_these(whole: Path, folder
     text = claim.read_text()
     assert '"vae": "none"' in text
     claim.write_text(text.replace('"vae": "none"', '"vae": "0123"'))
-    with pytest.raises(SystemExit, match="holds samples with vae 0123, this command has none"):
+    with pytest.raises(UserError, match="holds samples with vae 0123, this command has none"):
         run(folder, whole)
     claim.write_text(text)
 
@@ -192,29 +205,28 @@ def test_reference_statistics_are_computed_once(
 ) -> None:
     run(folder, tmp_path / "one")
     looked: list[str] = []
-    collect = evaluate.collect
+    collect = comparison.collect
 
     def look(images, *rest):
         looked.append(images.name)
         return collect(images, *rest)
 
-    monkeypatch.setattr(evaluate, "collect", look)
+    monkeypatch.setattr(comparison, "collect", look)
     run(folder, tmp_path / "two")
     assert "digits train" not in looked and "digits test" in looked
 
 
 def test_a_changed_reference_is_looked_at_again(folder: Path, whole: Path, tmp_path: Path) -> None:
     images = torch.from_numpy(samples(whole)[0]).permute(0, 3, 1, 2)
-    judged = ("--images", str(whole / "seed0.npz"), "--reference", str(tmp_path / "real.npz"))
-    args = evaluate.build_parser().parse_args(["--cache", str(tmp_path), *judged])
     small = classifiers.Classifier(classifiers.SmallCNN(10, 16).eval(), 0.0)
-    extractor = evaluate.ClassifierExtractor(small, "digits", torch.device("cpu"))
+    extractor = ClassifierExtractor(small, "digits", torch.device("cpu"))
+    look = Look(extractor, 5, process.setup())
     means = []
     for real in (images, 255 - images):
         save_npz(tmp_path / "real.npz", 23, iter([real]), torch.zeros(23))
-        found = evaluate.reference_statistics(
-            NpzSet(tmp_path / "real.npz"), extractor, args, evaluate.process.setup()
-        )
+        source = describe_source(str(tmp_path / "real.npz"))
+        real_set = NpzSet(tmp_path / "real.npz")
+        found = reference_statistics(real_set, look, source=source, cache=tmp_path)
         assert found is not None
         means.append(found.pool["mu"])
     assert not np.allclose(means[0], means[1])
@@ -226,8 +238,7 @@ def test_moments_that_a_reference_brings_are_used_and_need_inception(
     path = tmp_path / "adm.npz"
     moments = {"mu": np.zeros(2), "sigma": np.eye(2), "mu_s": np.zeros(2), "sigma_s": np.eye(2)}
     np.savez(path, samples(whole)[0], **moments)  # type: ignore[arg-type]
-    args = evaluate.build_parser().parse_args(["--reference", str(path), "--cache", str(tmp_path)])
-    run_ = evaluate.process.setup()
+    rt = process.setup()
 
     class Two:
         name, identity = "", "two"
@@ -236,12 +247,16 @@ def test_moments_that_a_reference_brings_are_used_and_need_inception(
             rows = images.float().flatten(1)[:, :2]
             return classifiers.Features(rows, rows, rows)
 
-    found = evaluate.reference_statistics(NpzSet(path), Two(), args, run_)
+    def reference() -> Statistics | None:
+        look, source = Look(Two(), 5, rt), describe_source(str(path))
+        return reference_statistics(NpzSet(path), look, source=source, cache=tmp_path)
+
+    found = reference()
     assert found is not None and np.array_equal(found.pool["sigma"], np.eye(2))
     assert len(found.rows) == 23
     Two.name = Two.identity = "else"
     with pytest.raises(ValueError, match="its moments need --features inception"):
-        evaluate.reference_statistics(NpzSet(path), Two(), args, run_)
+        reference()
 
 
 @pytest.mark.parametrize(
@@ -250,7 +265,7 @@ def test_moments_that_a_reference_brings_are_used_and_need_inception(
         (["--images", "a.npz", "--ckpt", "rf"], "--ckpt or --images: give one of them"),
         (["--images", "none.npz"], "--reference: give the real images"),
         (["--ckpt", "rf", "--image-size", "16"], "--image-size 16: .* has 8"),
-        (["--ckpt", "rf", "--sampler", "ddim"], "sampler must be one of euler, heun"),
+        (["--ckpt", "rf", "--sampler", "ddim"], "--sampler ddim: .* takes one of euler, heun"),
         (
             ["--ckpt", "rf", "--reference", "nowhere"],
             "nowhere: not a folder, an .npz, or one of digits",
@@ -262,8 +277,206 @@ def test_moments_that_a_reference_brings_are_used_and_need_inception(
     ],
 )
 def test_wrong_flags_are_named(more: list[str], message: str, folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(UserError, match=message):
         run(folder, tmp_path, *more)
+
+
+# ------------------------------------------------------------------------------ before the work
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail a test that loads any network."""
+    for name in ("load_classifier", "InceptionExtractor", "open_run"):
+        monkeypatch.setattr(evaluate, name, lambda *_, name=name, **__: pytest.fail(name))
+
+
+def write_pictures(folder: Path, *sizes: tuple[int, int]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, size in enumerate(sizes):
+        Image.new("L", size, 40 * index).save(folder / f"{index}.png")
+    return folder
+
+
+def test_a_folder_is_cropped_to_the_size_of_the_reference(folder: Path, tmp_path: Path) -> None:
+    """Both sides through the same crop: the images themselves are at no distance."""
+    sizes = [(20, 12), (12, 30), (16, 16), (40, 25)]
+    real = write_pictures(tmp_path / "real" / "only", *sizes).parent
+    args = evaluate.build_parser().parse_args(
+        ["--images", str(real / "only"), "--reference", str(real), "--image-size", "8"]
+    )
+    judged = evaluate.open_judged(Path(args.images), args.image_size)[0].images
+    reference, others = evaluate.open_real(args, {})
+    assert others is None and len(judged) == len(reference) == 4
+    assert torch.equal(judged.images(0, 4), reference.images(0, 4))
+    assert judged.images(0, 4).shape == (4, 3, 8, 8)
+
+
+def test_images_of_several_sizes_are_found_before_a_network_is_loaded(
+    folder: Path, tmp_path: Path, no_network: None
+) -> None:
+    images = write_pictures(tmp_path / "images", (8, 8), (8, 9))
+    with pytest.raises(UserError, match=r"1\.png has 8 x 9 pixels.*--image-size S crops them"):
+        run(folder, tmp_path / "out", "--images", str(images), "--reference", "digits")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("sizes", [[], [(8, 8)]])
+def test_a_folder_of_no_or_one_image_is_refused(
+    sizes: list, folder: Path, tmp_path: Path, no_network: None
+) -> None:
+    images = write_pictures(tmp_path / "images", *sizes)
+    with pytest.raises(UserError, match=r"no image files|has 1 image; at least 2"):
+        run(folder, tmp_path / "out", "--images", str(images), "--reference", "digits")
+
+
+def test_two_images_are_enough(folder: Path, tmp_path: Path) -> None:
+    images = write_pictures(tmp_path / "images", (8, 8), (8, 8))
+    found = run(folder, tmp_path / "out", "--images", str(images), "--reference", "digits")
+    assert np.isfinite(found["values"]["images"][FD])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--images", "{tmp}/none", "--reference", "digits"], "none is no folder of images"),
+        (["--images", "{tmp}/none.npz", "--reference", "digits"], "none.npz: No such file"),
+        (["--ckpt", "rf", "--test-data", "{tmp}/none"], "--test-data .*none: not a folder"),
+        (
+            ["--ckpt", "rf", "--reference", "none.npz"],
+            "--reference none.npz: not a folder",
+        ),
+        (["--ckpt", "rf", "--cfg-interval", "1", "0"], "--cfg-interval .*less than the first"),
+        (["--ckpt", "rf", "--features", "inception"], "--inception-weights: can't be downloaded"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_network_is_loaded(
+    more: list[str],
+    message: str,
+    folder: Path,
+    tmp_path: Path,
+    no_network: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("metrics.why_unreachable", lambda url: "no network")
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
+    with pytest.raises(UserError, match=message) as caught:
+        run(folder, tmp_path / "out", *(word.format(tmp=tmp_path) for word in more))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_output_that_cannot_be_written_is_named_before_the_work(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(evaluate, "draw_samples", lambda *_: pytest.fail("it draws"))
+    with pytest.raises(FileError, match=r"--out .*file/out can't be written to: Not a directory"):
+        run(folder, tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize("name", ["seed0.npz", "seed0.png", "seed0/mine.txt", "metrics.json"])
+def test_files_of_something_else_are_not_written_over(
+    name: str, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match="give another --out"):
+        run(folder, tmp_path)
+    assert (tmp_path / name).read_text() == "{}"
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_claim_is_named(content: str, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "seed0.json").write_text(content)
+    with pytest.raises(FileError, match=r"seed0\.json is (damaged|not of this script)"):
+        run(folder, tmp_path)
+
+
+def test_what_was_loaded_of_a_live_run_is_what_is_hashed_and_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run writes a checkpoint and deletes the loaded one as soon as this has been opened."""
+    live = tmp_path / "live"
+    torch.manual_seed(0)
+    config, settings = TINY, {**SETTINGS, "objective": "rf", "class_names": [*"0123456789"]}
+
+    def write(step: int) -> Path:
+        path = checkpoint_path(live, step)
+        save_checkpoint(
+            path, config=config, settings=settings, model=DiT(config).state_dict(),
+            ema=None, optimizer={}, scaler=None, step=step, rng=[],
+        )  # fmt: skip
+        commit_checkpoint(path, 1)
+        return path
+
+    loaded = write(1)
+    expected = checkpoint_hash(loaded)
+    open_run = evaluate.open_run
+
+    def open_and_go_on(*words, **options):
+        opened = open_run(*words, **options)
+        monkeypatch.setattr(evaluate, "draw_seeds", go_on)
+        return opened
+
+    draw_seeds = evaluate.draw_seeds
+
+    def go_on(samples, out):
+        write(2)
+        assert not loaded.exists()
+        return draw_seeds(samples, out)
+
+    monkeypatch.setattr(evaluate, "open_run", open_and_go_on)
+    monkeypatch.chdir(tmp_path)
+    words = ["--ckpt", str(live), "--cache", str(folder / "cache"), "--num-seeds", "2"]
+    args = [*words, "--num-samples", "10", "--num-sampling-steps", "1", "--dtype", "fp32"]
+    evaluate.main(evaluate.build_parser().parse_args(args))
+    out = tmp_path / "results" / "evaluation" / "live-0000001-euler1-cfg1.5-10"
+    for seed in range(2):
+        assert json.loads((out / f"seed{seed}.json").read_text())["checkpoint"] == expected
+    assert json.loads((out / "metrics.json").read_text())["flags"]["ckpt"] == str(loaded)
+
+
+def test_a_damaged_cache_is_named(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "cache", tmp_path / "cache")
+    path = tmp_path / "cache" / "digits.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(FileError, match=r"digits\.pt is damaged; delete it, and it is trained"):
+        run(folder, tmp_path / "out", "--cache", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(
+    ("moments", "message"),
+    [
+        ({"mu": np.zeros(3), "sigma": np.eye(3)}, "'mu_s is not a file in the archive'"),
+        ({"mu": np.zeros(2), "sigma": np.eye(3)}, r"mu is \(2,\), sigma \(3, 3\)"),
+        ({"mu": np.zeros(2), "sigma": np.full((2, 2), np.nan)}, "mu or sigma is not finite"),
+        ({"mu": np.array(["x"]), "sigma": np.eye(1)}, "could not convert string"),
+        ({"mu": np.array([{}]), "sigma": np.eye(1)}, "Object arrays cannot be loaded"),
+        (
+            {"mu": np.zeros(3), "sigma": np.eye(3), "mu_s": np.zeros(2), "sigma_s": np.eye(2)},
+            "its moments are of 3 features, not 2",
+        ),
+    ],
+)
+def test_broken_moments_of_a_reference_are_one_line(
+    moments: dict, message: str, whole: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "adm.npz"
+    np.savez(path, samples(whole)[0], **moments)
+
+    class Two:
+        name, identity = "", "two"
+
+        def __call__(self, images):
+            rows = images.float().flatten(1)[:, :2]
+            return classifiers.Features(rows, rows, rows)
+
+    look = Look(Two(), 5, process.setup())
+    with pytest.raises(FileError, match=message) as caught:
+        reference_statistics(NpzSet(path), look, source="", cache=tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_loss_of_a_model_is_the_same_for_any_sampler(folder: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Metrics against torch-fidelity's own run on the same images, and facts known on paper."""
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from classifiers import Classifier, Features, SmallCNN
 from common import process
+from common.errors import FileError, UserError
 from metrics import (
     ClassifierExtractor,
     InceptionExtractor,
@@ -17,6 +19,7 @@ from metrics import (
     Statistics,
     StatisticsBuilder,
     compare,
+    find_inception_weights,
     frechet_distance,
 )
 
@@ -165,6 +168,32 @@ def test_weights_that_could_run_code_are_not_opened(tmp_path: Path) -> None:
         InceptionExtractor(str(path), torch.device("cpu"))
 
 
+def test_weights_that_are_none_are_named_in_one_line(tmp_path: Path) -> None:
+    for name, content in (("text.pth", b"text"), ("empty.pth", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"{name} does not load; give torch-fid") as caught:
+            InceptionExtractor(str(tmp_path / name), torch.device("cpu"))
+        assert "\n" not in str(caught.value)
+    torch.save([1], tmp_path / "list.pth")
+    with pytest.raises(UserError, match="does not load"):
+        InceptionExtractor(str(tmp_path / "list.pth"), torch.device("cpu"))
+    with pytest.raises(UserError, match=r"does not load.*: no such file"):
+        InceptionExtractor(str(tmp_path), torch.device("cpu"))
+
+
+def test_no_network_says_which_weights_to_give_at_once(monkeypatch, tmp_path: Path) -> None:
+    module = "torch_fidelity.feature_extractor_inceptionv3"
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(f"{module}.URL_INCEPTION_V3", "http://127.0.0.1:9/inception.pth")
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"can't be downloaded \(.*refused\); give torch-fid"):
+        InceptionExtractor(None, torch.device("cpu"))
+    assert time.monotonic() - began < 3
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "inception.pth").write_bytes(b"downloaded before")
+    assert find_inception_weights() == str(tmp_path / "checkpoints" / "inception.pth")
+
+
 def test_a_set_is_at_no_distance_from_itself() -> None:
     ours = small_extractor()
     found = statistics_of(some_images(300, 1), ours)
@@ -201,6 +230,19 @@ def test_rows_are_kept_in_the_order_of_images_and_no_more_than_allowed(monkeypat
     found = builder.finish(ALONE)
     assert found is not None
     assert found.count == 10 and found.rows.flatten().tolist() == [0.0, 3.0, 6.0, 9.0]
+
+
+def test_a_flipped_bit_or_a_wrong_entry_of_saved_statistics_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "statistics.npz"
+    statistics_of(some_images(20, 1), small_extractor()).save(path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(FileError, match=r"statistics\.npz is damaged \(.*\); delete it"):
+        Statistics.load(path)
+    np.savez(path, mu=np.zeros(3))
+    with pytest.raises(FileError, match="is damaged"):
+        Statistics.load(path)
 
 
 def test_saved_statistics_come_back(tmp_path: Path) -> None:
