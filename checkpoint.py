@@ -1,12 +1,7 @@
-"""Training state on disk, and the command line for weights.
-
-    python checkpoint.py export results/RUN model.safetensors --ema
-    python checkpoint.py convert dit_moe_xl_8E2A.pt XL-folder
-    python checkpoint.py convert results/RUN RUN-pipeline --pipeline
+"""Training state on disk.
 
 1. `save_checkpoint`, `load_checkpoint`, `latest_checkpoint`, `prune_checkpoints`: training state.
 2. `write_tensors`, `save_safetensors`, `load_torch`: how files are written and read.
-3. `main`: the command line; see hub.py for what it does.
 
 Nothing read here can run code: torch files are opened with `weights_only=True`. Everything
 is written under a temporary name first, so a file that has its name is whole.
@@ -19,7 +14,6 @@ import json
 import logging
 import pickle
 import re
-import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,8 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from common.files import atomic_write
-from common.flags import FlagParser, flag, number
+from common.files import UNSEALED, atomic_write, seal
 from layouts import StateDict
 from models import DiTConfig
 from sharded import latest_sharded, mark_latest
@@ -179,14 +172,15 @@ def _checkpoints(run_dir: str | Path) -> list[Path]:
 
 
 def write_tensors(path: Path, tensors: StateDict, metadata: dict[str, str]) -> None:
-    """Write a .safetensors file with the permissions of any new file.
+    """Write a .safetensors file that carries its checksum, with the permissions of any new file.
 
     The library's own are its owner's alone, so nobody else on a cluster could read the weights.
     """
     path.touch()
     mode = path.stat().st_mode
-    save_file(dict(tensors), path, metadata={"format": "pt", **metadata})
+    save_file(dict(tensors), path, metadata={"format": "pt", **metadata, **UNSEALED})
     path.chmod(mode)
+    seal(path)
 
 
 def save_safetensors(
@@ -235,52 +229,3 @@ def describe(content: Any) -> str:
     if isinstance(content, dict):
         return f"a dict with the keys {[str(key) for key in content][:5]}"
     return f"a {type(content).__name__}"
-
-
-# ---------------------------------------------------------------- command line
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the subcommands."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=FlagParser)
-    about = "write the weights of a run as one file: fp32, in our layout, tensor by tensor"
-    export: Any = commands.add_parser("export", docstring=about, help=about)
-    export.add_argument("run", help="run folder (its latest checkpoint) or a checkpoint")
-    export.add_argument("out", help=".safetensors to write")
-    group = export.group("Export")
-    group.add("--ema", default=False, **flag, help="the averaged weights, else the trained ones")
-
-    about = "write weights of any layout in another"
-    convert: Any = commands.add_parser("convert", docstring=about, help=about)
-    convert.add_argument("src", help=ACCEPTED)
-    convert.add_argument(
-        "dst", help=".safetensors (ours), .pt (published layout) or a folder (ours, sharded)"
-    )
-    group = convert.group("Convert")
-    group.add("--pipeline", action="store_true", help="DST: a diffusers pipeline folder")
-    group.add("--dtype", choices=["float32", "bfloat16", "float16"], help="else as SRC")
-    group.add("--ema", default=True, **flag, help="averaged weights, where SRC has both")
-    group.add("--num-heads", type=number(int, 1), help="for files that do not tell")
-    group.add("--num-experts-per-tok", type=number(int, 1), help="likewise; default: 2")
-    group.add(
-        "--attention", choices=["qkv", "Wqkv"], help="names in a .pt; default Wqkv with QK norm"
-    )
-    group.add("--vae-path", help="of the pipeline; default: the one SRC was trained with")
-    return parser
-
-
-def main(args: argparse.Namespace) -> None:
-    """Run one subcommand."""
-    import hub  # which imports this module
-
-    try:
-        print({"export": hub.export, "convert": hub.convert}[args.command](args))
-    except (ValueError, OSError) as error:
-        sys.exit(f"checkpoint.py {args.command}: error: {error}")
-
-
-if __name__ == "__main__":
-    main(build_parser().parse_args())

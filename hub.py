@@ -1,15 +1,17 @@
-"""Weights for others to read: folders of safetensors, published .pt files, diffusers pipelines.
+"""Weights for others to read: .safetensors, folders of them, published .pt files, diffusers.
 
-In this order: `new_folder` (all of a folder or nothing), `save_folder` (our layout, in shards with
-an index, as `DiT.from_pretrained` and `load_model` read it), `save_published`, `save_pipeline`, and
-`export` and `convert`, the subcommands of checkpoint.py.
+In this order: `check_new` and `new_folder` (nothing is overwritten, and a folder is whole or not
+there), `save_file` and `save_folder` (our layout, as one file or in shards with an index, as
+`DiT.from_pretrained` and `load_model` read it), `save_published`, `save_pipeline`. All but the
+published file are written a block at a time; convert.py is their command line.
 """
 
-import argparse
 import json
+import math
 import os
 import re
 import shutil
+import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,14 +20,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint import save_safetensors, write_tensors
-from common.files import atomic_write
+from common.errors import FileError, UserError
+from common.files import UNSEALED, atomic_write, seal
+from common.pictures import check_folder
 from data import VAE, load_vae
-from layouts import by_block, to_ours, to_published
-from models import DiT, DiTConfig
-from sharded import write_safetensors
-from weights import Weights, add_pos_embed, find_objective, open_weights, place
+from described import description_path, save_description
+from layouts import to_published
+from models import DiTConfig
+from weights import Weights, empty_model, find_objective, place, read_blocks
 
+SAFETENSORS_TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+}
 SHARD_BYTES = 2**28  # a block that is larger gets its own file
 ROOT = Path(__file__).parent
 PIPELINE_CODE = ("models.py", "moe_ops.py", "diffusion")  # what a pipeline folder carries along
@@ -34,27 +43,62 @@ PIPELINE_REQUIREMENTS = {"torch", "diffusers", "huggingface_hub", "safetensors"}
 PIPELINE_REQUIREMENTS |= {"numpy", "pillow", "tqdm"}
 
 
+def check_new(path: str | Path) -> Path:
+    """Return `path`, where there is nothing yet and something can be written.
+
+    Raises:
+        FileError: otherwise.
+    """
+    path = Path(path)
+    if os.path.lexists(path):
+        raise FileError(f"{path} exists already; give another name or remove it")
+    check_folder(path)
+    return path
+
+
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
     """Yield a hidden folder beside `path` that becomes `path` on success and else disappears.
 
     Raises:
-        FileExistsError: there is something at `path`.
+        FileError: there is something at `path`, or it could not be written.
     """
-    path = Path(path)
-    if path.exists():
-        raise FileExistsError(f"{path} exists already; give another name or remove it")
+    path = check_new(path)
     temp = path.with_name(f".{path.name}.partial")
     shutil.rmtree(temp, ignore_errors=True)  # what a killed run left
-    temp.mkdir(parents=True)
     try:
+        temp.mkdir(parents=True)
         yield temp
-        os.replace(temp, path)
+        os.rename(temp, path)
+    except OSError as error:
+        raise error if isinstance(error, UserError) else FileError(f"{path}: {error}") from error
     finally:
         shutil.rmtree(temp, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------ our layout
+
+
+def save_file(
+    path: str | Path,
+    groups: Iterable[Mapping[str, Tensor]],
+    config: DiTConfig,
+    settings: Mapping[str, Any],
+) -> None:
+    """Write one .safetensors with config and settings in its metadata.
+
+    Args:
+        path: file that does not exist yet.
+        groups: parts of the state dict of a model of `config`; one is held at a time.
+        config: of the model.
+        settings: as in `save_safetensors`.
+
+    Raises:
+        FileError: there is something at `path`, or it could not be written.
+    """
+    shapes = {name: tensor.shape for name, tensor in empty_model(config).state_dict().items()}
+    with atomic_write(check_new(path)) as temp:
+        _write_safetensors(temp, groups, shapes, config, settings)
 
 
 def save_folder(
@@ -73,18 +117,16 @@ def save_folder(
         settings: as in `save_safetensors`.
 
     Raises:
-        FileExistsError: there is something at `path`.
+        FileError: there is something at `path`, or it could not be written.
     """
-    metadata = {"config": json.dumps(config.to_dict()), "settings": json.dumps(dict(settings))}
     with new_folder(path) as folder:
         (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
         shards: list[list[str]] = []  # the names in each
         total_size = 0
         for shard in _fill_shards(groups):
             file = folder / f"{len(shards)}.safetensors"
-            write_tensors(file, shard, metadata)
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
+            shapes = {name: tensor.shape for name, tensor in shard.items()}
+            _write_safetensors(file, [shard], shapes, config, settings)
             shards.append(list(shard))
             total_size += sum(tensor.nbytes for tensor in shard.values())
             del shard  # before the next one is made
@@ -112,11 +154,56 @@ def _fill_shards(groups: Iterable[Mapping[str, Tensor]]) -> Iterator[dict[str, T
     yield shard
 
 
+def _write_safetensors(
+    path: Path,
+    groups: Iterable[Mapping[str, Tensor]],
+    shapes: Mapping[str, torch.Size],
+    config: DiTConfig,
+    settings: Mapping[str, Any],
+) -> None:
+    """Write tensors as they come, then the header that tells where they are, then its checksum.
+
+    Args:
+        path: to write; not atomic.
+        groups: the tensors.
+        shapes: of all of them, since the header's room is measured before the first.
+        config, settings: for the metadata.
+    """
+    metadata = {"config": json.dumps(config.to_dict()), "settings": json.dumps(dict(settings))}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata, **UNSEALED}}
+    most = 8 * sum(map(math.prod, shapes.values()))  # bytes
+    for name, shape in shapes.items():  # no entry can be longer
+        header[name] = {"dtype": "BF16", "shape": [*shape], "data_offsets": [most, most]}
+    room = -(-len(json.dumps(header)) // 8) * 8
+    with open(path, "wb") as file:
+        file.seek(8 + room)
+        end = 0
+        for name, tensor in _aligned(groups):
+            start, end = end, end + tensor.nbytes
+            header[name]["dtype"] = SAFETENSORS_TYPES[tensor.dtype]
+            header[name]["data_offsets"] = [start, end]
+            file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        file.seek(0)
+        file.write(struct.pack("<Q", room) + json.dumps(header).encode().ljust(room))
+    seal(path)
+    with open(path, "rb") as written:
+        os.fsync(written.fileno())
+
+
+def _aligned(groups: Iterable[Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield all tensors; last those after which the next would not start at a multiple of 8."""
+    odd: list[tuple[str, Tensor]] = []
+    for name, tensor in (item for group in groups for item in group.items()):
+        if tensor.nbytes % 8:
+            odd.append((name, tensor))
+        else:
+            yield name, tensor
+    yield from sorted(odd, key=lambda item: -item[1].itemsize)
+
+
 def our_blocks(weights: Weights, dtype: torch.dtype | None) -> Iterator[dict[str, Tensor]]:
-    """Yield the weights in our layout, a block at a time."""
-    for index, tensors in by_block(weights.state):
-        if index is None:
-            add_pos_embed(tensors, weights.config)
+    """Yield the weights in our layout, a block at a time, each checked."""
+    for _, tensors in read_blocks(weights):
         yield {name: place(name, tensor, "cpu", dtype) for name, tensor in tensors.items()}
 
 
@@ -126,7 +213,9 @@ def our_blocks(weights: Weights, dtype: torch.dtype | None) -> Iterator[dict[str
 def save_published(
     path: str | Path, weights: Weights, *, flash_attention: bool, dtype: torch.dtype | None
 ) -> None:
-    """Write the .pt that the published code reads.
+    """Write the .pt that the published code reads, and beside it what it has no place for.
+
+    That is NAME.json, with config and settings, by which `open_weights` knows it again.
 
     Args:
         path: file that does not exist yet.
@@ -136,30 +225,31 @@ def save_published(
         dtype: None keeps that of the source.
 
     Raises:
-        FileExistsError: there is something at `path`.
-        ValueError: the published code has no such network.
+        FileError: there is something at `path` or at NAME.json, or it could not be written.
+        UserError: the published code has no such network.
     """
     config = weights.config
-    if Path(path).exists():
-        raise FileExistsError(f"{path} exists already; give another name or remove it")
+    for new in (path, description_path(path)):
+        check_new(new)
     has = f"this model has mlp_type={config.mlp_type!r}"
     if config.num_experts and (config.mlp_type != "swiglu" or config.norm_topk_prob):
-        raise ValueError(
+        raise UserError(
             f"{path}: the published DiT-MoE has SwiGLU experts without renormalised weights, "
             f"{has}, norm_topk_prob={config.norm_topk_prob}; write a .safetensors or a folder"
         )
     if not config.num_experts and (config.mlp_type != "gelu" or config.qk_norm):
-        raise ValueError(
+        raise UserError(
             f"{path}: the published dense DiT has GELU MLPs and no QK norm, {has}, "
             f"qk_norm={config.qk_norm}; write a .safetensors or a folder"
         )
-    ours = dict(to_ours(weights.state))
-    add_pos_embed(ours, config)
-    published = to_published(ours, flash_attention=flash_attention)
-    state = {name: tensor.to(dtype).contiguous() for name, tensor in published}
+    state: dict[str, Tensor] = {}
+    for _, ours in read_blocks(weights):
+        published = to_published(ours, flash_attention=flash_attention)
+        state |= {name: tensor.to(dtype).contiguous() for name, tensor in published}
     is_wrapped = config.num_experts > 0 and not flash_attention
-    with atomic_write(path) as temp:
-        torch.save({"ema": state} if is_wrapped else state, temp)
+    with atomic_write(path) as temp, open(temp, "wb") as file:
+        torch.save({"ema": state} if is_wrapped else state, file)
+    save_description(path, config, weights.settings)
 
 
 # ------------------------------------------------------------------------------ diffusers
@@ -180,9 +270,10 @@ def save_pipeline(
         dtype: of the weights, None keeps that of the source.
 
     Raises:
-        FileExistsError: there is something at `path`.
-        ValueError: nothing at `vae_path`.
+        FileError: there is something at `path`, or it could not be written.
+        UserError: nothing at `vae_path`.
     """
+    check_new(path)
     vae = load_vae(vae_path, device="cpu")
     config, settings = weights.config, weights.settings
     objective = find_objective(settings, config, rf=None)
@@ -221,51 +312,3 @@ def _copy_code(package: Path) -> None:
                 rf"^from ({ours})\b", rf"from {PIPELINE_PACKAGE}.\1", file.read_text(), flags=re.M
             )
             target.write_text(code)
-
-
-# ------------------------------------------------------------------------------ command line
-
-
-def export(args: argparse.Namespace) -> str:
-    """Write a run's or checkpoint's weights as one .safetensors; returns a line that says so.
-
-    Memory: the largest tensor, since the sources are mapped and the file is written in order.
-
-    Raises:
-        FileNotFoundError, ValueError: as `load_model`; or the source is not a checkpoint of ours.
-        OSError: not written.
-    """
-    weights = open_weights(args.run, ema=args.ema)
-    if not weights.settings:
-        raise ValueError(f"{args.run} has no settings of ours; export takes a run or a checkpoint")
-    with torch.device("meta"):
-        shapes = {name: t.shape for name, t in DiT(weights.config).state_dict().items()}
-    config, settings = json.dumps(weights.config.to_dict()), json.dumps(dict(weights.settings))
-    with atomic_write(args.out) as temp:
-        write_safetensors(temp, shapes, weights.state, config=config, settings=settings)
-    return f"{args.out}: {'averaged' if args.ema else 'trained'} weights of {args.run}"
-
-
-def convert(args: argparse.Namespace) -> str:
-    """Write SRC in the layout that DST and the flags ask for; returns a line that says so."""
-    names = ("num_heads", "num_experts_per_tok")
-    known = {name: value for name in names if (value := getattr(args, name)) is not None}
-    weights = open_weights(args.src, ema=args.ema, known=known)
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    suffix = Path(args.dst).suffix
-    if args.pipeline:
-        vae_path = args.vae_path or weights.settings.get("vae_path") or "stabilityai/sd-vae-ft-ema"
-        save_pipeline(args.dst, weights, vae_path, dtype)
-        return f"{args.dst}: diffusers pipeline, VAE {vae_path}"
-    if suffix == ".pt":
-        flash = weights.config.qk_norm if args.attention is None else args.attention == "Wqkv"
-        save_published(args.dst, weights, flash_attention=flash, dtype=dtype)
-        return f"{args.dst}: published layout, attn.{'Wqkv/out_proj' if flash else 'qkv/proj'}"
-    if suffix == ".safetensors":
-        if Path(args.dst).exists():
-            raise FileExistsError(f"{args.dst} exists already; give another name or remove it")
-        tensors = {name: t for block in our_blocks(weights, dtype) for name, t in block.items()}
-        save_safetensors(args.dst, tensors, weights.config, weights.settings)
-        return f"{args.dst}: our layout"
-    save_folder(args.dst, our_blocks(weights, dtype), weights.config, weights.settings)
-    return f"{args.dst}: our layout, folder for DiT.from_pretrained"

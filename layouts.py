@@ -1,6 +1,6 @@
 """Names and shapes of DiT weights: published layouts to ours and back, and the config they imply.
 
-Pure functions of state dicts; no file is read here (see checkpoint.py). In this order:
+Pure functions of state dicts; no file is read here (see weights.py). In this order:
 
 1. `clean_names`: what wrappers (DDP, torch.compile) put in front of names.
 2. `to_ours`: the published layouts to ours: DiT-MoE with `qkv/proj` (S, B) or `Wqkv/out_proj`

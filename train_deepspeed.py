@@ -6,7 +6,7 @@
 
 The same flags, data, loss, curves and pictures as train.py; only the engine differs. Running the
 same command again continues where the run stopped, bit for bit on the same number of ranks.
-`python checkpoint.py export RUN model.safetensors --ema` makes one file of a run.
+`python convert.py RUN model.safetensors` makes one file of a run.
 """
 
 import argparse

@@ -1,11 +1,12 @@
 """Weights of every layout: opened without reading them, or loaded as a model.
 
-1. `open_weights`: names to tensors that are mapped when used, their config and settings.
+1. `open_weights`: names to tensors that are mapped when used, their config and settings;
+   `verify_weights` compares the files with their checksums.
 2. `empty_model`, `read_blocks`: the model without memory, and its tensors in our layout, each
    checked when its turn comes.
 3. `load_model`, `build_model`, `place`, `add_pos_embed`: to a `DiT` in the right dtype on the right
    device; `page_out` for those who read a block at a time.
-4. `load_settings`, `find_objective`: what else a file says.
+4. `load_settings`, `find_objective`, `find_vae_path`: what else a file says.
 5. `_open` and below: which layout it is. The names inside published files are in layouts.py.
 """
 
@@ -29,6 +30,7 @@ from checkpoint import (
     load_torch,
 )
 from common.errors import FileError, UserError, blamed_on
+from common.files import verify_file
 from common.process import check_memory
 from described import (
     check_fields,
@@ -44,6 +46,7 @@ from sharded import ShardedCheckpoint
 
 FLOAT32_NAMES = ("pos_embed", "moe.router.weight")  # computed in float32 whatever the rest is in
 MADV_PAGEOUT = 21  # Linux
+DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"  # of published files, which name none
 
 
 class _Source(NamedTuple):
@@ -83,6 +86,7 @@ class Weights(NamedTuple):
     config: DiTConfig
     settings: Mapping[str, Any]
     path: Path  # what was opened: for a run folder, its latest checkpoint
+    kind: str = ""  # "averaged" or "trained"; "" where the file does not tell
 
 
 def open_weights(
@@ -101,10 +105,12 @@ def open_weights(
     """
     source = _open(Path(path))
     kinds = ("ema", "model") if ema else ("model",)
-    found = [source.weights[kind] for kind in kinds if kind in source.weights]
+    found = [kind for kind in kinds if kind in source.weights]
     if not found:
         raise UserError(f"ema={ema}: {path} holds only the weights {sorted(source.weights)}")
-    state, config = found[0], config or source.config
+    state, config = source.weights[found[0]], config or source.config
+    told = source.weights.get("ema") is not source.weights.get("model")
+    kind = {"ema": "averaged", "model": "trained"}[found[0]] if told else ""
     indices = {name: block_index(name) for name in state}
     blocks = {index for index in indices.values() if index is not None}
     if config is None:
@@ -118,7 +124,23 @@ def open_weights(
         raise FileError(
             f"{path} holds {len(blocks)} blocks{numbers}; its config says {config.depth}, from 0 on"
         )
-    return Weights(state, config, source.settings, source.path)
+    return Weights(state, config, source.settings, source.path, kind)
+
+
+def verify_weights(weights: Weights) -> None:
+    """Read a checkpoint, optimizer and all, and compare it with its checksums.
+
+    Files of weights alone are left to `read_blocks`, which compares them whenever they are read.
+
+    Raises:
+        DamagedFileError: a file is not what was written; it is named.
+        FileError: a file cannot be read.
+    """
+    if isinstance(weights.state, SafetensorsWeights):
+        return
+    path = weights.path
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        verify_file(file)
 
 
 def empty_model(config: DiTConfig) -> DiT:
@@ -134,7 +156,8 @@ def read_blocks(
 
     Args:
         weights: of any layout; read as the groups are asked for.
-        check_values: look for NaN and infinity, 0.05 s a GB.
+        check_values: look for NaN and infinity, 0.05 s a GB, and compare .safetensors files with
+            their checksums, 0.2 s a GB, before the first group.
 
     Raises:
         FileError: a tensor is missing, unknown, of another shape than the config says, or holds
@@ -142,6 +165,9 @@ def read_blocks(
     """
     model, path = empty_model(weights.config), weights.path
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if check_values and isinstance(weights.state, SafetensorsWeights):
+        for file in sorted(set(weights.state.files.values())):
+            verify_file(file)
     with blamed_on(str(path)):
         for index, tensors in by_block(weights.state):
             if index is None:
@@ -256,6 +282,11 @@ def page_out(tensors: Iterable[Tensor]) -> None:
 def load_settings(path: str | Path) -> dict[str, Any]:
     """Return the `settings` saved with our weights, {} for published files."""
     return dict(_open(Path(path)).settings)
+
+
+def find_vae_path(settings: Mapping[str, Any], vae_path: str | None) -> str:
+    """Return the flag `--vae-path`, by default that of a checkpoint's settings."""
+    return vae_path or settings.get("vae_path") or DEFAULT_VAE
 
 
 def find_objective(settings: Mapping[str, Any], config: DiTConfig, rf: bool | None) -> str:

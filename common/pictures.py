@@ -31,6 +31,17 @@ FORMATS = {
 }
 
 
+def check_folder(path: str | Path) -> None:
+    """Look whether a file can be written at `path`, without trying; missing folders can be made.
+
+    Raises:
+        FileError: the folder it would be in is none, or does not let this user write.
+    """
+    folder = next(folder for folder in Path(path).absolute().parents if folder.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise FileError(f"{path}: {folder} is no folder that this user may write to")
+
+
 def check_picture_path(path: str | Path) -> Path:
     """Return `path`, to which a picture may be written.
 
@@ -45,9 +56,7 @@ def check_picture_path(path: str | Path) -> Path:
         raise FileError(f"{path}: a picture's name ends in one of {', '.join(FORMATS)}")
     if path.exists() and not path.is_file():
         raise FileError(f"{path} is no file; give another name")
-    folder = next(folder for folder in path.absolute().parents if folder.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise FileError(f"{path}: {folder} is no folder that this user may write to")
+    check_folder(path)
     if path.exists() and path.stat().st_size > 0:
         try:
             with Image.open(path):

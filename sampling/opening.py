@@ -18,9 +18,8 @@ from diffusion import Diffusion, create_diffusion
 from layouts import known_fields
 from models import DiT, DiT_models, DiTConfig
 from sampling.offload import build_for_sampling, check_options
-from weights import find_objective, open_weights
+from weights import find_objective, find_vae_path, open_weights
 
-DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"  # of published files, which name none
 TOLD = ("model", "num_classes", "num_experts", "num_experts_per_tok", "image_size")
 
 
@@ -139,7 +138,7 @@ def open_run(
     _compare(path, told, config)
     check_options(weights, device, quantize=quantize, offload=offload)
     objective = find_objective(settings, config, rf)
-    vae_path = vae_path or settings.get("vae_path") or DEFAULT_VAE
+    vae_path = find_vae_path(settings, vae_path)
     vae = load_vae(vae_path, device=device, model_channels=config.in_channels)
     if told.get("image_size") not in (None, size := config.input_size * vae.downsample):
         raise UserError(f"--image-size {told['image_size']}: {path} has {size}")
@@ -151,7 +150,7 @@ def open_run(
         offload=offload,
     )
     diffusion = create_diffusion(objective, learn_sigma=config.learn_sigma, x0_range=vae.x0_range)
-    return DrawingRun(weights.path, model, diffusion, vae, str(vae_path), settings)
+    return DrawingRun(weights.path, model, diffusion, vae, vae_path, settings)
 
 
 def _compare(path: str | Path, told: Mapping[str, Any], config: DiTConfig) -> None:

@@ -4,6 +4,7 @@ import argparse
 import functools
 import os
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import checkpoint
+import convert
 import sample
-from checkpoint import save_safetensors
+from checkpoint import checkpoint_path, save_checkpoint, save_safetensors
+from common.errors import FileError, UserError
+from common.files import DamagedFileError, verify_file
+from common.process import DTYPES
 from layouts import to_ours, to_published
 from models import DiT, DiT_models, DiTConfig
 from weights import load_model, load_settings, open_weights
@@ -43,8 +47,8 @@ def same(found: Any, expected: Any) -> None:
 
 
 def run(*arguments: object) -> None:
-    """Run `python checkpoint.py ARGUMENTS` in this process."""
-    checkpoint.main(checkpoint.build_parser().parse_args([str(a) for a in arguments]))
+    """Run `python convert.py ARGUMENTS` in this process."""
+    convert.main(convert.build_parser().parse_args([str(a) for a in arguments]))
 
 
 def saved(folder: Path) -> Path:
@@ -57,7 +61,7 @@ def saved(folder: Path) -> Path:
 
 
 def test_weights_have_the_permissions_of_any_new_file(tmp_path: Path) -> None:
-    run("convert", saved(tmp_path), tmp_path / "folder")
+    run(saved(tmp_path), tmp_path / "folder")
     (tmp_path / "any").touch()
     for file in (tmp_path / "ours.safetensors", tmp_path / "folder" / "model.safetensors"):
         assert file.stat().st_mode == (tmp_path / "any").stat().st_mode
@@ -73,8 +77,8 @@ def test_published_to_ours_to_published_is_the_identity_for_golden_files(
     published = torch.load(GOLDEN / f"{name}.pt", weights_only=True)["state_dict"]
     heads = torch.load(GOLDEN / f"{name}.pt", weights_only=True)["config"]["num_heads"]
     torch.save(published, tmp_path / "published.pt")
-    run("convert", tmp_path / "published.pt", tmp_path / "ours", "--num-heads", heads)
-    run("convert", tmp_path / "ours", tmp_path / "back.pt", "--attention", attention)
+    run(tmp_path / "published.pt", tmp_path / "ours", "--num-heads", heads)
+    run(tmp_path / "ours", tmp_path / "back.pt", "--attention", attention)
     back = torch.load(tmp_path / "back.pt", weights_only=True)
     same(back.get("ema", back), published)
     assert ("ema" in back) == (name == "ddpm_timm_attn_4E2A")  # as the S and B files
@@ -86,12 +90,12 @@ def test_the_two_attention_spellings_and_all_our_formats_hold_the_same_weights(
     chain = [saved(tmp_path)]
     for name in ("x.pt", "folder", "y.pt", "z.safetensors"):
         flags = ("--attention", "qkv") if name == "y.pt" else ()
-        run("convert", chain[-1], tmp_path / name, *flags)
+        run(chain[-1], tmp_path / name, *flags)
         chain.append(tmp_path / name)
     expected = random_model().state_dict()
     for path in chain:
         same(load_model(path, config=TINY).state_dict(), expected)
-    run("convert", chain[0], tmp_path / "direct")
+    run(chain[0], tmp_path / "direct")
     assert load_settings(tmp_path / "direct") == SETTINGS
 
 
@@ -113,12 +117,12 @@ def test_a_published_train_checkpoint_with_a_namespace_converts_without_running_
     args = argparse.Namespace(model="DiT-S/2", num_experts_per_tok=2)
     content = {"model": {"module." + n: t for n, t in state.items()}, "ema": state, "opt": {}}
     torch.save({**content, "args": args}, tmp_path / "train.pt")
-    run("convert", tmp_path / "train.pt", tmp_path / "ours")
+    run(tmp_path / "train.pt", tmp_path / "ours")
     same(load_model(tmp_path / "ours").state_dict(), model.state_dict())
 
 
 def test_conversion_casts_but_keeps_the_router_in_float32(tmp_path: Path) -> None:
-    run("convert", saved(tmp_path), tmp_path / "half", "--dtype", "float16")
+    run(saved(tmp_path), tmp_path / "half", "--dtype", "float16")
     dtypes = {n: t.dtype for n, t in load_model(tmp_path / "half").state_dict().items()}
     assert dtypes["blocks.0.moe.router.weight"] == torch.float32
     assert dtypes["blocks.0.moe.experts.down_proj"] == torch.float16
@@ -130,8 +134,9 @@ def test_nothing_is_overwritten(
 ) -> None:
     source = saved(tmp_path)
     (tmp_path / name).touch()
-    with pytest.raises(SystemExit, match=f"{name} exists already"):
-        run("convert", source, tmp_path / name)
+    with pytest.raises(FileError, match=f"{name} exists already"):
+        run(source, tmp_path / name)
+    assert (tmp_path / name).read_bytes() == b""
 
 
 @pytest.mark.parametrize(
@@ -147,22 +152,134 @@ def test_what_the_published_code_cannot_compute_is_refused(
 ) -> None:
     config = DiTConfig.from_dict({**TINY.to_dict(), **fields})
     save_safetensors(tmp_path / "x.safetensors", random_model(config).state_dict(), config, {})
-    with pytest.raises(SystemExit, match=message):
-        run("convert", tmp_path / "x.safetensors", tmp_path / "x.pt")
+    with pytest.raises(UserError, match=message):
+        run(tmp_path / "x.safetensors", tmp_path / "x.pt")
+    assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
 
 
 def test_a_published_file_can_be_told_its_experts_per_token(tmp_path: Path) -> None:
-    run("convert", saved(tmp_path), tmp_path / "published.pt")
-    run("convert", tmp_path / "published.pt", tmp_path / "ours", "--num-experts-per-tok", "3")
+    run(saved(tmp_path), tmp_path / "published.pt")
+    (tmp_path / "published.json").unlink()
+    run(tmp_path / "published.pt", tmp_path / "ours", "--num-experts-per-tok", "3")
     assert load_model(tmp_path / "ours").config.num_experts_per_tok == 3
     assert load_model(tmp_path / "published.pt").config.num_experts_per_tok == 2
 
 
-def test_half_weights_are_exported_in_float32(tmp_path: Path) -> None:
-    run("convert", saved(tmp_path), tmp_path / "half", "--dtype", "bfloat16")
-    run("export", tmp_path / "half", tmp_path / "exported.safetensors")
+def test_half_weights_are_written_in_float32(tmp_path: Path) -> None:
+    run(saved(tmp_path), tmp_path / "half", "--dtype", "bfloat16")
+    run(tmp_path / "half", tmp_path / "exported.safetensors", "--dtype", "fp32")
     expected = {n: t.float() for n, t in load_model(tmp_path / "half").state_dict().items()}
     same(load_model(tmp_path / "exported.safetensors").state_dict(), expected)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_one_file_is_written_a_block_at_a_time_in_any_dtype_and_can_be_mapped(
+    tmp_path: Path, dtype: str
+) -> None:
+    """Channels and patch of 1 make a bias of one number, after which others would be misaligned."""
+    small = {"patch_size": 1, "learn_sigma": False}
+    config = DiTConfig.from_dict({**TINY.to_dict(), **small, "depth": 12})
+    model = random_model(config)
+    save_safetensors(tmp_path / "ours.safetensors", model.state_dict(), config, SETTINGS)
+    run(tmp_path / "ours.safetensors", tmp_path / "out.safetensors", "--dtype", dtype)
+    expected = load_model(tmp_path / "ours.safetensors", dtype=DTYPES[dtype]).state_dict()
+    found = load_model(tmp_path / "out.safetensors").state_dict()
+    assert {n: t.dtype for n, t in found.items()} == {n: t.dtype for n, t in expected.items()}
+    same(found, expected)
+    assert all(tensor.data_ptr() % tensor.itemsize == 0 for tensor in found.values())
+    assert load_settings(tmp_path / "out.safetensors") == SETTINGS
+    assert verify_file(tmp_path / "out.safetensors")
+
+
+def test_a_run_becomes_one_file_of_its_averaged_or_its_trained_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained, averaged = random_model(), random_model()
+    averaged.load_state_dict({n: 2 * t for n, t in trained.state_dict().items()})
+    save_checkpoint(
+        checkpoint_path(tmp_path / "run", 1), config=TINY, settings=SETTINGS, step=1,
+        model=trained.state_dict(), ema=averaged.state_dict(), optimizer={}, scaler=None, rng=[],
+    )  # fmt: skip
+    run(tmp_path / "run", tmp_path / "ema.safetensors")
+    run(tmp_path / "run", tmp_path / "raw.safetensors", "--ema", "False")
+    same(load_model(tmp_path / "ema.safetensors").state_dict(), averaged.state_dict())
+    same(load_model(tmp_path / "raw.safetensors").state_dict(), trained.state_dict())
+    lines = capsys.readouterr().out.splitlines()
+    assert "averaged weights of" in lines[0] and "trained weights of" in lines[1]
+    assert "0000001.pt" in lines[0]
+
+
+def test_a_published_file_of_any_width_comes_back_by_the_config_beside_it(tmp_path: Path) -> None:
+    config = DiTConfig.from_dict({**TINY.to_dict(), "qk_norm": False, "num_experts_per_tok": 1})
+    source, state = tmp_path / "x.safetensors", random_model(config).state_dict()
+    save_safetensors(source, state, config, SETTINGS)
+    run(source, tmp_path / "p.pt")
+    assert load_model(tmp_path / "p.pt").config == config
+    assert load_settings(tmp_path / "p.pt") == SETTINGS
+    (tmp_path / "p.json").rename(tmp_path / "q.json")
+    with pytest.raises(UserError, match=r"num_heads can't be told .*give --model"):
+        run(tmp_path / "p.pt", tmp_path / "again")
+    run(tmp_path / "p.pt", tmp_path / "again", "--num-heads", "2", "--num-experts-per-tok", "1")
+    assert load_model(tmp_path / "again").config == config
+    (tmp_path / "r.json").write_text("mine")
+    with pytest.raises(FileError, match=r"r\.json exists already"):
+        run(source, tmp_path / "r.pt")
+    assert not (tmp_path / "r.pt").exists()
+
+
+@pytest.mark.parametrize("source", ["ours.safetensors", "folder", "run", "published.pt"])
+def test_a_flipped_bit_is_found_before_anything_is_written(tmp_path: Path, source: str) -> None:
+    run(saved(tmp_path), tmp_path / "folder")
+    run(tmp_path / "folder", tmp_path / "published.pt")
+    state = random_model().state_dict()
+    weights = checkpoint_path(tmp_path / "run", 1)
+    save_checkpoint(
+        weights, config=TINY, settings=SETTINGS, step=1, model=state, ema=None,
+        optimizer={}, scaler=None, rng=[],
+    )  # fmt: skip
+    inside = {"folder": Path("folder/model.safetensors"), "run": weights}
+    file = tmp_path / inside.get(source, Path(source))
+    content = bytearray(file.read_bytes())
+    needle = state["blocks.1.attn.qkv.weight"].numpy().tobytes()[:64]
+    content[content.index(needle) + 13] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(DamagedFileError, match=rf"{file.name} is damaged"):
+        run(tmp_path / source, tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+    if file.suffix == ".safetensors":  # compared whenever they are loaded
+        with pytest.raises(DamagedFileError, match=rf"{file.name} is damaged"):
+            load_model(tmp_path / source)
+
+
+@pytest.mark.parametrize(
+    ("dst", "flags", "message"),
+    [
+        ("x.pt", ["--pipeline"], "--pipeline writes a folder"),
+        ("x", ["--attention", "qkv"], "--attention qkv: only of a .pt"),
+        ("x", ["--vae-path", "none"], "--vae-path none: only with --pipeline"),
+        ("ours.safetensors/x", [], "ours.safetensors is no folder"),
+    ],
+)
+def test_a_destination_that_cannot_be_is_refused_before_anything_is_read(
+    tmp_path: Path, dst: str, flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = saved(tmp_path)
+    monkeypatch.setattr("convert.open_weights", None)  # it is not called
+    with pytest.raises(UserError, match=re.escape(message)):
+        run(source, tmp_path / dst, *flags)
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors", "x"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, name: str) -> None:
+    source = saved(tmp_path)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))  # as a disk that fills up
+    try:
+        with pytest.raises(FileError, match=rf"{name}.*: .*File too large"):
+            run(source, tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [file.name for file in tmp_path.iterdir()] == ["ours.safetensors"]
 
 
 # ---------------------------------------------------------------- huggingface_hub
@@ -180,7 +297,7 @@ def test_save_pretrained_and_from_pretrained_are_inverse(tmp_path: Path, mlp_typ
 
 
 def test_what_our_weights_tell_survives_the_hub(tmp_path: Path) -> None:
-    run("convert", saved(tmp_path), tmp_path / "folder")
+    run(saved(tmp_path), tmp_path / "folder")
     DiT.from_pretrained(tmp_path / "folder").save_pretrained(tmp_path / "hub")
     load_model(tmp_path / "hub").save_pretrained(tmp_path / "again")
     assert load_settings(tmp_path / "again") == SETTINGS
@@ -201,7 +318,7 @@ def test_from_pretrained_reads_a_sharded_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hub.SHARD_BYTES", 30_000)
-    run("convert", saved(tmp_path), tmp_path / "folder")
+    run(saved(tmp_path), tmp_path / "folder")
     assert (tmp_path / "folder" / "model.safetensors.index.json").is_file()
     loaded = DiT.from_pretrained(tmp_path / "folder")
     same(loaded.state_dict(), random_model().state_dict())
@@ -289,7 +406,7 @@ def test_pipeline_folders_draw_the_same_pixels_as_sample(
         settings = {**SETTINGS, "vae_path": vae_path, "objective": objective}
         save_safetensors(source, random_model(config).state_dict(), config, settings)
         folders.append(tmp_path / f"pipeline{len(folders)}")
-        run("convert", source, folders[-1], "--pipeline")
+        run(source, folders[-1], "--pipeline")
         expected.append(draw_by_sample(source, monkeypatch))
     for images, grid, folder in zip(
         draw_by_pipelines(folders, tmp_path), expected, folders, strict=True
@@ -303,7 +420,7 @@ def test_pipeline_folders_draw_the_same_pixels_as_sample(
 def test_a_pipeline_folder_names_every_package_it_imports_in_our_tested_range(
     tmp_path: Path,
 ) -> None:
-    run("convert", saved(tmp_path), tmp_path / "pipeline", "--pipeline")
+    run(saved(tmp_path), tmp_path / "pipeline", "--pipeline")
     imported = set()
     for file in (tmp_path / "pipeline").rglob("*.py"):
         found = re.findall(r"^(?:from|import) (\w+)", file.read_text(), re.MULTILINE)
@@ -311,11 +428,11 @@ def test_a_pipeline_folder_names_every_package_it_imports_in_our_tested_range(
     lines = (tmp_path / "pipeline" / "requirements.txt").read_text().splitlines()
     assert {line.split(">=")[0] for line in lines} == imported - {"PIL"} | {"pillow"}
     assert set(lines) < set(
-        (Path(checkpoint.__file__).parent / "requirements.txt").read_text().splitlines()
+        (Path(convert.__file__).parent / "requirements.txt").read_text().splitlines()
     )
 
 
 def test_weights_of_a_pipeline_folder_load_as_ours(tmp_path: Path) -> None:
-    run("convert", saved(tmp_path), tmp_path / "pipeline", "--pipeline")
+    run(saved(tmp_path), tmp_path / "pipeline", "--pipeline")
     same(load_model(tmp_path / "pipeline").state_dict(), random_model().state_dict())
     assert open_weights(tmp_path / "pipeline").settings == SETTINGS

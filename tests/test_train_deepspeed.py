@@ -22,10 +22,10 @@ from launch import REPO, TINY_RUN, Process, descendants, free_port, save_tiny_va
 from PIL import Image
 from torch.testing import assert_close
 
+import convert
 import upcycle
 import zero
-from checkpoint import build_parser as build_export_parser
-from checkpoint import latest_checkpoint, load_checkpoint, main, save_safetensors
+from checkpoint import latest_checkpoint, load_checkpoint, save_safetensors
 from memory import GIB
 from models import DiT_models
 from sharded import ShardedCheckpoint
@@ -160,7 +160,7 @@ def test_an_exported_file_draws_the_picture_of_the_runs_own_ema(
     undisturbed: Path, tmp_path: Path
 ) -> None:
     out = str(tmp_path / "ema.safetensors")
-    main(build_export_parser().parse_args(["export", str(undisturbed), out, "--ema"]))
+    convert.main(convert.build_parser().parse_args([str(undisturbed), out]))
     model = load_model(tmp_path / "ema.safetensors")
     job = prepare(build_parser(None).parse_args([*FULL_RUN, "--results-dir", str(tmp_path)]))
     ours = Image.open(draw_grid(model, job, MAX_STEPS))
@@ -173,10 +173,10 @@ def test_an_export_is_ema_or_weights_and_has_every_tensor(
     undisturbed: Path, tmp_path: Path
 ) -> None:
     states = {}
-    for ema, flags in ((True, ["--ema"]), (False, [])):
-        out = str(tmp_path / "out.safetensors")
-        main(build_export_parser().parse_args(["export", str(undisturbed), out, *flags]))
-        states[ema] = load_model(tmp_path / "out.safetensors", ema=False).state_dict()
+    for ema, flags in ((True, []), (False, ["--ema", "False"])):
+        out = str(tmp_path / f"{ema}.safetensors")
+        convert.main(convert.build_parser().parse_args([str(undisturbed), out, *flags]))
+        states[ema] = load_model(out, ema=False).state_dict()
     assert states[True].keys() == states[False].keys()
     assert not torch.equal(states[True]["x_embedder.proj.weight"],
                            states[False]["x_embedder.proj.weight"])  # fmt: skip
