@@ -15,7 +15,7 @@ from pathlib import Path
 
 from checkpoint import ACCEPTED
 from common.errors import UserError, one_line_errors
-from common.flags import FlagParser, flag, number
+from common.flags import FlagParser, flag, model_size, number
 from common.process import DTYPES
 from hub import check_new, our_blocks, save_file, save_folder, save_pipeline, save_published
 from layouts import known_fields
@@ -46,7 +46,7 @@ def build_parser() -> FlagParser:
 
     source = parser.group("What a published SRC does not tell")
     source.add(
-        "--model", choices=list(DiT_models), metavar="DiT-SIZE/PATCH", help="Its size, for heads."
+        "--model", **model_size(DiT_models), help="Its size, which tells the attention heads."
     )
     source.add("--num-heads", type=number(int, 1), metavar="N", help="Attention heads.")
     source.add(

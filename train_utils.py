@@ -22,10 +22,10 @@ from common.process import Runtime
 from data import VAE, ImageDataset, Pixels
 from diffusion import Diffusion, create_diffusion
 from latent_cache import open_data
-from layouts import to_ours
+from layouts import known_fields, to_ours
 from models import DiT, DiT_models, DiTConfig, initialize_parameter
 from train_settings import TrainSettings, check_flags, resolve
-from weights import open_weights
+from weights import Weights, open_weights
 
 
 class Job(NamedTuple):
@@ -95,7 +95,7 @@ def build_model(settings: TrainSettings, latent_channels: int, downsample: int) 
         raise UserError(f"--image-size {settings.image_size} is not a multiple of {downsample}")
     optional = ("num_experts", "num_experts_per_tok", "num_shared_experts", "mlp_ratio", "qk_norm")
     overrides = {name: value for name in optional if (value := getattr(settings, name)) is not None}
-    initial = open_weights(settings.init_from).config if settings.init_from else None
+    initial = open_initial(settings).config if settings.init_from else None
     if initial is not None:
         fields = (*optional, "mlp_type", "norm_topk_prob")
         overrides = {name: getattr(initial, name) for name in fields} | overrides
@@ -113,6 +113,12 @@ def build_model(settings: TrainSettings, latent_channels: int, downsample: int) 
     if initial is not None:
         check_same_shapes(settings, model.config, initial)
     return model
+
+
+def open_initial(settings: TrainSettings) -> Weights:
+    """Open the weights of `--init-from`; a published file is of the size that `--model` names."""
+    assert settings.init_from is not None
+    return open_weights(settings.init_from, known=known_fields(settings.model))
 
 
 def check_same_shapes(settings: TrainSettings, config: DiTConfig, initial: DiTConfig) -> None:
@@ -161,7 +167,7 @@ def initial_weights(
             yield name, value
         return
     missing = set(shapes)
-    for name, value in to_ours(open_weights(settings.init_from).state):
+    for name, value in to_ours(open_initial(settings).state):
         if shapes.get(name) != value.shape:
             wanted = tuple(shapes[name]) if name in shapes else "no such tensor"
             raise UserError(

@@ -34,11 +34,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.flags import FlagParser, flag, number
+from common.flags import FlagParser, flag, model_size, number
 from common.process import DTYPES
 from hub import save_folder
-from layouts import block_index, by_block
-from models import DiTBlock, DiTConfig
+from layouts import block_index, by_block, known_fields
+from models import DiT_models, DiTBlock, DiTConfig
 from weights import Weights, add_pos_embed, open_weights, page_out, place
 
 
@@ -50,6 +50,7 @@ def build_parser() -> FlagParser:
     data.add("--out", required=True, help="folder to write, must not exist")
     data.add("--ema", default=True, **flag, help="averaged weights")
     data.add("--dtype", choices=list(DTYPES), help="of the new weights; default: as the source")
+    data.add("--model", **model_size(DiT_models), help="size of a published file, for its heads")
     data.add("--num-heads", type=number(int, 1), help="for files that do not tell")
 
     moe = parser.group("MoE")
@@ -391,7 +392,7 @@ def upcycle(weights: Weights, args: argparse.Namespace) -> tuple[DiTConfig, list
 
 def main(args: argparse.Namespace) -> None:
     """Upcycle and say how exactly."""
-    known = {"num_heads": args.num_heads} if args.num_heads else None
+    known = known_fields(args.model, num_heads=args.num_heads)
     try:
         weights = open_weights(args.ckpt, ema=args.ema, known=known)
         config, differences = upcycle(weights, args)

@@ -12,7 +12,7 @@ import torch
 
 from common import process
 from common.errors import UserError
-from common.flags import FlagGroup, FlagParser, flag, number
+from common.flags import FlagGroup, FlagParser, flag, model_size, number
 from data import VAE, Pixels, load_vae
 from diffusion import Diffusion, create_diffusion
 from layouts import known_fields
@@ -34,8 +34,7 @@ def drawing_flags(parser: FlagParser, *, quantize: bool = True, offload: bool = 
     group = parser.group("Model")
     group.add(
         "--model",
-        choices=list(DiT_models),
-        metavar="DiT-SIZE/PATCH",
+        **model_size(DiT_models),
         help="Size of a published file, which does not tell all of it; of ours it is checked.",
     )
     group.add(
