@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_ops import gelu_experts, swiglu, swiglu_experts
+from moe_ops import exact_linear, gelu_experts, swiglu, swiglu_experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +78,18 @@ class DiTConfig:
         )
         require(self.mlp_hidden_size >= 1, f"mlp_ratio={self.mlp_ratio} must be positive")
         require(self.num_experts >= 0, f"num_experts={self.num_experts} must be 0 (dense) or more")
+        if self.num_experts:  # rows of experts' matmuls start at multiples of 16 bytes on a GPU
+            step, width = 8, self.mlp_hidden_size
+            nearest = max(round(width / step), 1) * step
+            require(
+                self.hidden_size % step == 0,
+                f"hidden_size={self.hidden_size} must be a multiple of {step} for experts",
+            )
+            require(
+                width % step == 0,
+                f"mlp_ratio={self.mlp_ratio} makes experts {width} wide, which must be a multiple "
+                f"of {step}: --mlp-ratio {nearest / self.hidden_size:.6g} makes {nearest}",
+            )
         require(
             self.num_experts == 0 or 1 <= self.num_experts_per_tok <= self.num_experts,
             f"num_experts_per_tok={self.num_experts_per_tok} must be in [1, num_experts="
@@ -290,7 +302,7 @@ class TopKRouter(nn.Module):
     def forward(self, x: Tensor) -> Routing:
         """Route (M, D) tokens, in float32: bfloat16 logits tie and flip choices between experts."""
         with torch.autocast(x.device.type, enabled=False):
-            probs = F.linear(x.float(), self.weight.float()).softmax(dim=-1)  # (M, E)
+            probs = exact_linear(x.float(), self.weight.float()).softmax(dim=-1)  # (M, E)
         weights, indices = probs.topk(self.num_experts_per_tok, dim=-1, sorted=False)
         if self.norm_topk_prob:
             weights = weights / weights.sum(dim=-1, keepdim=True)

@@ -1,16 +1,19 @@
 """How tokens meet stacked expert weights: sort by expert, matmul by expert, un-sort and combine.
 
-In order: `sort_by_expert` (the plan of one dispatch), the CPU path (a loop over the experts'
-segments, fused by hand), the GPU path (grouped matmuls and gathers), `swiglu_experts`, the
-whole routed layer and the only place that chooses between the two, and `gelu_experts`, the layer
-for upcycled dense networks, grouped on every device.
+In order: `sort_by_expert` (the plan of one dispatch), the router's matmul, the CPU path (a loop
+over the experts' segments, fused by hand), the GPU path (grouped matmuls and gathers),
+`swiglu_experts`, the whole routed layer and the only place that chooses between the two, and
+`gelu_experts`, the layer for upcycled dense networks, grouped on every device.
 
 Shapes: M tokens, K experts per token, R = M*K routed rows, E experts, D hidden, F expert hidden.
-On a GPU every shape is static and no tensor's value is read on the host (in bfloat16; torch's own
-fallback for other dtypes reads the offsets once a matmul). No sum depends on the order of atomics:
-equal input gives equal bits.
+On a GPU every shape is static, and in bfloat16 on compute capability 9.x and 10.x (H100 to B300)
+no tensor's value is read on the host. On other GPUs and in other dtypes torch's `grouped_mm` is a
+loop over the experts that reads the offsets on the host, once a matmul. No sum depends on the order
+of atomics: equal input gives equal bits.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -44,6 +47,57 @@ def sort_by_expert(expert_indices: Tensor, num_experts: int) -> DispatchPlan:
 def sum_rows(rows: Tensor, inverse: Tensor, k: int) -> Tensor:
     """Add up each token's K sorted rows by a gather: (R, D) -> (M, D)."""
     return rows.index_select(0, inverse).view(-1, k, rows.shape[-1]).sum(dim=1)
+
+
+# ------------------------------------------------------------------------------ router
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Let float32 matmuls on a GPU keep all 24 bits of their factors; TF32 keeps 11."""
+    matmul = torch.backends.cuda.matmul
+    if matmul.fp32_precision != "tf32":
+        yield
+        return
+    matmul.allow_tf32 = False  # sets fp32_precision too; the reverse leaves this flag behind
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = True
+
+
+@torch.library.custom_op("dit_moe::exact_linear", mutates_args=())
+def exact_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply x @ weight.T in full float32 whatever TF32 says, and its gradients too.
+
+    For routers: what TF32 rounds away makes logits tie and flips choices between experts. A custom
+    op, because compiled code takes no notice of a setting that changes on the way.
+
+    Args:
+        x: (M, I) and weight: (O, I), float32.
+
+    Returns:
+        (M, O).
+    """
+    with _without_tf32():
+        return x @ weight.t()
+
+
+@exact_linear.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _exact_linear_setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _exact_linear_backward(ctx, grad: Tensor):
+    x, weight = ctx.saved_tensors
+    return exact_linear(grad, weight.t()), exact_linear(grad.t(), x.t())
+
+
+exact_linear.register_autograd(_exact_linear_backward, setup_context=_exact_linear_setup)
 
 
 # ------------------------------------------------------------------------------ CPU path
@@ -323,7 +377,8 @@ swiglu_dense.register_autograd(_dense_backward, setup_context=_dense_setup)
 def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Multiply each expert's segment of rows by that expert's matrix: rows_e @ weight_e.T.
 
-    torch's grouped matmul: on CUDA a native kernel in bfloat16, its own fallback in other dtypes.
+    torch's grouped matmul: on CUDA a native kernel in bfloat16 on capability 9.x and 10.x, else its
+    own loop, which waits for the offsets.
     A custom op, because bare `grouped_mm` compiles in bfloat16 only.
 
     Args:

@@ -113,8 +113,11 @@ def plan_config(args: argparse.Namespace, source: DiTConfig) -> DiTConfig:
                     f"{math.ceil(source.mlp_ratio) - 1}, as the source's MLP is "
                     f"{source.mlp_ratio:g} D wide"
                 )
-    if width % parts:
-        raise ValueError(f"--granularity {parts} does not divide the {width} neurons of an MLP")
+    if width % (8 * parts):  # see DiTConfig
+        raise ValueError(
+            f"--granularity {parts} does not divide the {width} neurons of an MLP into experts "
+            "whose width is a multiple of 8"
+        )
     return replace(
         source,
         num_experts=args.num_experts,

@@ -41,7 +41,7 @@ def main(folder: Path) -> None:
     engine_file.write_text(json.dumps(config))
     flags = [
         *("--data-path", "digits", "--model", "DiT-B/2", "--rf", "--grad-checkpointing"),
-        *("--num-experts", "10", "--mlp-ratio", "4.17", "--global-batch-size", "2"),
+        *("--num-experts", "10", "--mlp-ratio", "4.1875", "--global-batch-size", "2"),
         *("--deepspeed-config", str(engine_file), "--precision", "bf16"),
     ]
     rt = zero.join()

@@ -30,6 +30,7 @@ from models import (
     sincos_pos_embed,
     timestep_embedding,
 )
+from moe_ops import grouped_linear
 from weights import load_model
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -87,6 +88,12 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
         ({"class_dropout_prob": 1.5}, r"class_dropout_prob=1.5 must be in \[0, 1\)"),
         ({"num_experts": -8}, "num_experts=-8 must be 0"),
         ({"num_experts": 2, "num_experts_per_tok": 3}, r"num_experts_per_tok=3 .*num_experts=2\]"),
+        ({"hidden_size": 36}, "hidden_size=36 must be a multiple of 8 for experts"),
+        (
+            {"hidden_size": 384, "mlp_ratio": 0.3},
+            "mlp_ratio=0.3 makes experts 115 wide, .* --mlp-ratio 0.291667 makes 112",
+        ),
+        ({"hidden_size": 48, "mlp_ratio": 0.1}, "experts 5 wide, .* --mlp-ratio 0.166667 makes 8"),
         ({"num_shared_experts": -1}, "num_shared_experts=-1 must be at least 0"),
         ({"num_experts": 0, "mlp_type": "relu"}, "mlp_type='relu' must be 'swiglu' or 'gelu'"),
     ],
@@ -94,6 +101,20 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def test_config_errors_name_the_field_and_its_value(fields: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         DiTConfig(**fields)
+
+
+@pytest.mark.parametrize("mlp_ratio", [0.291667, 0.4, 1.13])
+def test_widths_that_the_error_asks_for_are_accepted_and_dense_mlps_take_any(mlp_ratio: float):
+    assert DiTConfig(num_experts=0, mlp_ratio=mlp_ratio).mlp_hidden_size == round(384 * mlp_ratio)
+    try:
+        DiTConfig(mlp_ratio=mlp_ratio)
+    except ValueError as error:
+        mlp_ratio = float(str(error).split("--mlp-ratio ")[1].split()[0])
+    config = DiTConfig(mlp_ratio=mlp_ratio)
+    assert config.mlp_hidden_size % 8 == 0
+    rows = torch.ones(2, config.mlp_hidden_size, dtype=torch.bfloat16)
+    offsets = torch.tensor([1, 2], dtype=torch.int32)
+    assert grouped_linear(rows, rows[:, None].repeat(1, 8, 1), offsets).shape == (2, 8)
 
 
 def test_config_survives_a_dict_and_refuses_unknown_fields():
@@ -219,6 +240,24 @@ def test_router_decides_in_float32_whatever_surrounds_it():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(router(x).probs, expected)
     assert router.bfloat16()(x).probs.dtype == torch.float32
+
+
+def test_router_is_exact_where_tf32_is_allowed(monkeypatch: pytest.MonkeyPatch):
+    router, x = randomize(TopKRouter(32, 4, 2), std=1.0), randn(50, 32).requires_grad_()
+    found: list[bool] = []
+    matmul, plain = torch.backends.cuda.matmul, Tensor.__matmul__
+
+    def spy(a: Tensor, b: Tensor) -> Tensor:
+        found.append(matmul.allow_tf32)
+        return plain(a, b)
+
+    monkeypatch.setattr(Tensor, "__matmul__", spy)
+    before, matmul.allow_tf32 = matmul.allow_tf32, True
+    try:
+        router(x).aux_loss.backward()
+        assert (found, matmul.allow_tf32) == ([False] * 3, True)  # logits and their two gradients
+    finally:
+        matmul.allow_tf32 = before
 
 
 # -- mixture of experts

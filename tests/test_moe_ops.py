@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_ops import (
+    exact_linear,
     grouped_linear,
     sort_by_expert,
     swiglu_experts,
@@ -196,8 +197,50 @@ def test_grouped_linear_multiplies_each_segment_by_its_own_matrix():
     assert_agree(run(grouped_linear, inputs), run(by_segment, inputs), 2e-6)
 
 
+def test_exact_linear_has_the_bits_of_a_linear_layer_and_of_its_gradients():
+    for rows, inputs, outputs in ((40, 16, 5), (2048, 384, 8), (1, 8, 4), (300, 1152, 16)):
+        generator = torch.Generator().manual_seed(rows)
+        x = torch.randn(rows, inputs, generator=generator).requires_grad_()
+        weight = torch.randn(outputs, inputs, generator=generator).requires_grad_()
+        exact, plain = run(exact_linear, [x, weight]), run(F.linear, [x, weight])
+        assert all(torch.equal(a, b) for a, b in zip(exact, plain, strict=True))
+
+
+@pytest.fixture(params=[True, False])
+def allow_tf32(request: pytest.FixtureRequest) -> Iterator[bool]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = request.param
+    yield request.param
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_exact_linear_switches_tf32_off_for_its_matmuls_only(
+    allow_tf32: bool, monkeypatch: pytest.MonkeyPatch
+):
+    found: list[bool] = []
+    matmul, plain = torch.backends.cuda.matmul, Tensor.__matmul__
+
+    def spy(a: Tensor, b: Tensor) -> Tensor:
+        found.append(matmul.allow_tf32 or matmul.fp32_precision == "tf32")
+        return plain(a, b)
+
+    monkeypatch.setattr(Tensor, "__matmul__", spy)
+    inputs = [torch.randn(6, 8).requires_grad_(), torch.randn(4, 8).requires_grad_()]
+    run(exact_linear, inputs)
+    assert found == [False] * 3  # the output and two gradients
+    inputs[0] @ inputs[1].t()
+    assert found[3] == matmul.allow_tf32 == (matmul.fp32_precision == "tf32") == allow_tf32
+
+
 @pytest.mark.parametrize(
-    "name", ["segments", "segments, transposed", "segments, no gradients", "grouped_linear"]
+    "name",
+    [
+        "exact_linear",
+        "segments",
+        "segments, transposed",
+        "segments, no gradients",
+        "grouped_linear",
+    ],
 )
 def test_custom_operators_keep_their_contract_with_torch(name: str):
     x, gate_up, down, indices, weights = make_inputs()
@@ -211,6 +254,7 @@ def test_custom_operators_keep_their_contract_with_torch(name: str):
             (transposed, gate_up, down, weights, plan.order, plan.offsets, True),
         ),
         "segments, no gradients": (swiglu_segments, (*frozen, plan.order, plan.offsets, False)),
+        "exact_linear": (exact_linear, (x, gate_up[0])),
         "grouped_linear": (grouped_linear, (torch.cat([x, x]), gate_up, plan.offsets)),
     }
     torch.library.opcheck(*operators[name])
