@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from data import ImageDataset, TensorImages, load_dataset
-from image_files import read_square
+from data.image_files import read_square
 
 MAX_LISTED = 10  # class names in an error message
 

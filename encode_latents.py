@@ -28,9 +28,9 @@ from common.files import atomic_write, file_crc32
 from common.flags import FlagParser, number
 from common.quiet import silence_worker_count
 from data import VAE, FolderImages, load_dataset, load_vae
-from image_files import UnreadableImageError
-from latent_cache import DTYPES, CachedLatents, from_stored, plan, to_stored
-from latent_index import (
+from data.image_files import UnreadableImageError
+from data.latent_cache import DTYPES, CachedLatents, from_stored, plan, to_stored
+from data.latent_index import (
     LABELS,
     VERSION,
     cache_index,

@@ -26,12 +26,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import checkpoint_hash, latest_checkpoint
-from classifiers import EPOCHS, Classifier, load_classifier
 from common import process
 from common.errors import UserError, one_line_errors
 from common.files import atomic_write, make_writable
 from common.flags import FlagParser, number, sampling_flags, sampling_options
-from comparison import (
+from data import ImageDataset, load_dataset
+from data.latent_cache import vae_identity
+from diffusion import Diffusion
+from evaluation.classifiers import EPOCHS, Classifier, load_classifier
+from evaluation.comparison import (
     Look,
     check_enough,
     check_source,
@@ -42,11 +45,8 @@ from comparison import (
     open_images,
     reference_statistics,
 )
-from data import ImageDataset, load_dataset
-from diffusion import Diffusion
-from image_sets import FolderSet, ImageSet, NpzSet
-from latent_cache import vae_identity
-from metrics import (
+from evaluation.image_sets import FolderSet, ImageSet, NpzSet
+from evaluation.metrics import (
     ClassifierExtractor,
     Extractor,
     InceptionExtractor,
@@ -54,7 +54,7 @@ from metrics import (
     compare,
     find_inception_weights,
 )
-from sample_files import SampleFiles, read_object, write_object
+from evaluation.sample_files import SampleFiles, read_object, write_object
 from sampling.opening import drawing_flags, drawing_options, open_run
 
 LOSS_IMAGES = 2000  # real images whose loss is measured, LOSS_DRAWS times each
@@ -75,7 +75,7 @@ def build_parser() -> FlagParser:
     )
     data.add("--out", help="folder; default: results/evaluation/ and the name of all this")
     data.add("--vae-path", help="folder or hub id; default: the checkpoint's")
-    data.add("--fashion-mnist-root", help="folder of the idx files; default: Debian's, ./data")
+    data.add("--fashion-mnist-root", help="folder of the idx files; default: Debian's, ./downloads")
 
     real = parser.group("Real images")
     real.add("--reference", help="data set, folder or .npz; default: what the model learnt from")

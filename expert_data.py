@@ -31,8 +31,8 @@ from common.files import make_writable
 from common.flags import FlagParser, flag, number, sampling_flags, sampling_options
 from common.labels import label_numbers
 from data import VAE, ImageDataset
+from data.latent_cache import vae_identity
 from diffusion import Diffusion
-from latent_cache import vae_identity
 from routing import RoutingRecorder
 from routing_data import (
     ADDED,

@@ -19,7 +19,7 @@ from common.errors import FileError, UserError
 from common.flags import MODEL_SIZES, FlagParser, flag, model_size, number, seed
 from common.process import Runtime
 from data import FolderImages, ImageDataset
-from latent_cache import CachedLatents
+from data.latent_cache import CachedLatents
 from models import DiT_models
 
 # Flags that a run may change on its way, but then it is not the run that it would have been.
@@ -64,7 +64,7 @@ def _add_data_flags(parser: FlagParser) -> None:
         "--fashion-mnist-root",
         metavar="FOLDER",
         help="Folder of Fashion-MNIST's four idx files. Default: where Debian's package "
-        "dataset-fashion-mnist puts them, else a download to ./data.",
+        "dataset-fashion-mnist puts them, else a download to ./downloads.",
     )
     data.add(
         "--flip",

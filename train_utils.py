@@ -20,8 +20,8 @@ from common import process
 from common.errors import UserError, blamed_on
 from common.process import Runtime
 from data import VAE, ImageDataset, Pixels
+from data.latent_cache import open_data
 from diffusion import Diffusion, create_diffusion
-from latent_cache import open_data
 from layouts import known_fields, to_ours
 from models import DiT, DiT_models, DiTConfig, initialize_parameter
 from train_settings import TrainSettings, check_flags, resolve

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-import classifiers
-from classifiers import SmallCNN, load_classifier, predict, train_classifier
+from evaluation import classifiers
+from evaluation.classifiers import SmallCNN, load_classifier, predict, train_classifier
 
 
 def test_training_tells_bright_images_from_dark_ones_with_the_same_bits_again() -> None:

@@ -15,15 +15,14 @@ import torch
 from launch import save_tiny_vae
 from PIL import Image
 
-import data
 from common.errors import UserError
 from common.network import why_unreachable
-from data import TrainBatches, load_dataset, load_vae, make_loader
+from data import TrainBatches, datasets, load_dataset, load_vae, make_loader
 from train import DdpTrainer
 from train_loop import launch
 from train_settings import build_parser
 
-NOT_INSTALLED = not data.FASHION_MNIST_ROOT.is_dir()
+NOT_INSTALLED = not datasets.FASHION_MNIST_ROOT.is_dir()
 
 
 def stream(num_steps, world_size=1, accum_steps=1, global_batch=12, num_samples=20, **options):
@@ -50,7 +49,7 @@ def tiny_images(num_samples=20, flip=True):
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (num_samples, 3, 4, 4), generator=generator, dtype=torch.uint8)
     labels = torch.arange(num_samples) % 3
-    return data.TensorImages(pixels, labels, ["a", "b", "c"], flip)
+    return datasets.TensorImages(pixels, labels, ["a", "b", "c"], flip)
 
 
 def loader_of(dataset, **options):
@@ -90,7 +89,7 @@ def vae_folder(tmp_path_factory):
 def open_vae(folder, **options):
     """Load the VAE of a folder on the CPU."""
     vae = load_vae(folder, device="cpu", **options)
-    assert isinstance(vae, data.VAE)
+    assert isinstance(vae, datasets.VAE)
     return vae
 
 
@@ -171,7 +170,7 @@ def test_loading_leaves_the_global_random_state_alone():
 
 def test_pixels_map_to_minus_one_to_one_and_a_flip_mirrors_left_and_right():
     pixels = torch.tensor([[0, 255], [51, 204]], dtype=torch.uint8).view(1, 1, 2, 2)
-    dataset = data.TensorImages(pixels, torch.tensor([0]), ["only"], flip=False)
+    dataset = datasets.TensorImages(pixels, torch.tensor([0]), ["only"], flip=False)
     image, label = dataset[0, False]
     mirrored, _ = dataset[0, True]
     assert torch.allclose(image, torch.tensor([[[-1.0, 1.0], [-0.6, 0.6]]]))
@@ -181,7 +180,7 @@ def test_pixels_map_to_minus_one_to_one_and_a_flip_mirrors_left_and_right():
 
 def test_a_label_without_a_class_is_refused():
     with pytest.raises(ValueError, match=r"labels must be in \[0, 1\], found 0 to 2"):
-        data.TensorImages(torch.zeros(3, 1, 4, 4).byte(), torch.arange(3), ["a", "b"], False)
+        datasets.TensorImages(torch.zeros(3, 1, 4, 4).byte(), torch.arange(3), ["a", "b"], False)
 
 
 def test_digits_splits_are_disjoint_and_complete():
@@ -229,8 +228,8 @@ def test_no_fashion_mnist_and_no_network_says_what_to_install(tmp_path, monkeypa
         raise RuntimeError("no network")
 
     monkeypatch.setattr("torchvision.datasets.FashionMNIST", fail)
-    monkeypatch.setattr(data, "FASHION_MNIST_ROOT", tmp_path / "missing")
-    monkeypatch.setattr(data, "FASHION_MNIST_DOWNLOAD", tmp_path / "data")
+    monkeypatch.setattr(datasets, "FASHION_MNIST_ROOT", tmp_path / "missing")
+    monkeypatch.setattr(datasets, "FASHION_MNIST_DOWNLOAD", tmp_path / "data")
     with pytest.raises(ValueError, match=r"apt install dataset-fashion-mnist.*no network"):
         load_dataset("fashion-mnist")
     assert list((tmp_path / "data").iterdir()) == []
@@ -246,8 +245,8 @@ def test_a_downloaded_fashion_mnist_is_there_whole_or_not_at_all(tmp_path, monke
         write_fashion_mnist(raw)
 
     monkeypatch.setattr("torchvision.datasets.FashionMNIST", download)
-    monkeypatch.setattr(data, "FASHION_MNIST_ROOT", tmp_path / "missing")
-    monkeypatch.setattr(data, "FASHION_MNIST_DOWNLOAD", tmp_path / "data")
+    monkeypatch.setattr(datasets, "FASHION_MNIST_ROOT", tmp_path / "missing")
+    monkeypatch.setattr(datasets, "FASHION_MNIST_DOWNLOAD", tmp_path / "data")
     for _ in range(2):
         assert len(load_dataset("fashion-mnist")) == 3
     assert len(roots) == 1 and [p.name for p in (tmp_path / "data").iterdir()] == ["FashionMNIST"]
@@ -391,7 +390,7 @@ def test_decode_is_float32_and_does_not_depend_on_chunks_or_autocast(vae_folder,
     vae = open_vae(vae_folder, dtype=torch.bfloat16)
     latents = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     at_once = vae.decode(latents)
-    monkeypatch.setattr(data, "DECODE_CHUNK_PIXELS", 16)
+    monkeypatch.setattr(datasets, "DECODE_CHUNK_PIXELS", 16)
     with torch.autocast("cpu", torch.bfloat16):
         one_by_one = vae.decode(latents)
     assert at_once.dtype == one_by_one.dtype == torch.float32
@@ -505,7 +504,7 @@ def test_a_downloaded_vae_loads_without_a_network(vae_folder, tmp_path, monkeypa
     shutil.copytree(vae_folder, tmp_path / "files" / subfolder, dirs_exist_ok=True)
     write_hub_cache(tmp_path / "hub", "someone/vae", tmp_path / "files")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(data, "why_unreachable", lambda url: "no network")
+    monkeypatch.setattr(datasets, "why_unreachable", lambda url: "no network")
     assert open_vae("someone/vae").channels == 4
 
 
@@ -530,7 +529,7 @@ def test_a_server_that_never_answers_is_given_up_after_the_time_allowed(monkeypa
 
 def test_no_vae_leaves_the_images_as_they_are():
     pixels = load_vae("none", device="cpu")
-    assert (pixels.x0_range, data.VAE.x0_range) == ((-1.0, 1.0), None)
+    assert (pixels.x0_range, datasets.VAE.x0_range) == ((-1.0, 1.0), None)
     images = torch.rand(2, 1, 8, 8) * 2 - 1
     assert pixels.downsample == 1
     assert torch.equal(pixels.decode(pixels.encode(images)), images)

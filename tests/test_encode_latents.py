@@ -19,8 +19,8 @@ import encode_latents
 from common.errors import FileError, UserError
 from common.files import DamagedFileError, file_crc32
 from data import VAE, load_dataset, load_vae, make_loader
-from latent_cache import CachedLatents, open_data
-from latent_index import cache_index
+from data.latent_cache import CachedLatents, open_data
+from data.latent_index import cache_index
 from train import DdpTrainer
 from train_loop import launch
 from train_settings import build_parser
@@ -224,7 +224,7 @@ def test_the_ranks_of_a_node_share_the_checksums(
 ) -> None:
     found = CachedLatents(cache)
     verified: list[str] = []
-    monkeypatch.setattr("latent_cache.verify_file", lambda path, _: verified.append(path.name))
+    monkeypatch.setattr("data.latent_cache.verify_file", lambda path, _: verified.append(path.name))
     for rank in range(3):
         found.verify(rank, 3)
     assert sorted(verified) == sorted(found.index["checksums"])
@@ -347,7 +347,7 @@ def test_a_failing_disk_is_not_taken_for_a_broken_image(
     def fail(path, image_size):
         raise FileError(f"cannot read the image file {path}: Input/output error")
 
-    monkeypatch.setattr("data.read_square", fail)
+    monkeypatch.setattr("data.datasets.read_square", fail)
     with pytest.raises(FileError, match=r"0\.png: Input/output error"):
         encode(inputs, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("shard*"))

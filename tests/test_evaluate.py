@@ -10,8 +10,6 @@ import torch
 from launch import Process, torchrun
 from PIL import Image
 
-import classifiers
-import comparison
 import evaluate
 from checkpoint import (
     checkpoint_hash,
@@ -20,12 +18,13 @@ from checkpoint import (
     save_checkpoint,
     save_safetensors,
 )
-from classifiers import load_classifier
 from common import process
 from common.errors import FileError, UserError
-from comparison import Look, describe_source, reference_statistics
-from image_sets import NpzSet, save_npz
-from metrics import ClassifierExtractor, Statistics
+from evaluation import classifiers, comparison
+from evaluation.classifiers import load_classifier
+from evaluation.comparison import Look, describe_source, reference_statistics
+from evaluation.image_sets import NpzSet, save_npz
+from evaluation.metrics import ClassifierExtractor, Statistics
 from models import DiT, DiTConfig
 
 TINY = DiTConfig(
@@ -358,7 +357,7 @@ def test_what_is_wrong_is_said_before_a_network_is_loaded(
     no_network: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("metrics.why_unreachable", lambda url: "no network")
+    monkeypatch.setattr("evaluation.metrics.why_unreachable", lambda url: "no network")
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
     with pytest.raises(UserError, match=message) as caught:
         run(folder, tmp_path / "out", *(word.format(tmp=tmp_path) for word in more))

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from common.errors import FileError, UserError
-from image_files import (
+from data.image_files import (
     UnreadableImageError,
     center_crop,
     list_classes,

@@ -11,7 +11,7 @@ from PIL import Image
 
 from common.errors import FileError
 from data import load_dataset
-from image_sets import DatasetSet, FolderSet, NpzSet, Spread, save_npz
+from evaluation.image_sets import DatasetSet, FolderSet, NpzSet, Spread, save_npz
 
 IMAGES = torch.arange(5 * 3 * 4 * 4).reshape(5, 3, 4, 4).to(torch.uint8)
 
@@ -81,7 +81,7 @@ def test_broken_arrays_of_an_npz_are_one_line(tmp_path: Path) -> None:
 def test_an_npz_that_unpacks_to_a_thousandfold_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("image_sets.MAX_UNPACKED", 2**16)
+    monkeypatch.setattr("evaluation.image_sets.MAX_UNPACKED", 2**16)
     np.savez_compressed(tmp_path / "bomb.npz", np.zeros((10, 256, 256, 3), np.uint8))
     with pytest.raises(FileError, match=r"bytes unpack to 1,966,208"):
         NpzSet(tmp_path / "bomb.npz")

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from classifiers import Classifier, Features, SmallCNN
 from common import process
 from common.errors import FileError, UserError
-from metrics import (
+from evaluation.classifiers import Classifier, Features, SmallCNN
+from evaluation.metrics import (
     ClassifierExtractor,
     InceptionExtractor,
     Moments,
@@ -221,7 +221,7 @@ def test_moments_of_batches_are_those_of_all_rows() -> None:
 
 
 def test_rows_are_kept_in_the_order_of_images_and_no_more_than_allowed(monkeypatch) -> None:
-    monkeypatch.setattr("metrics.MAX_ROWS", 4)
+    monkeypatch.setattr("evaluation.metrics.MAX_ROWS", 4)
     numbers = torch.arange(10.0)[:, None]
     builder = StatisticsBuilder(10)
     for first in (6, 0, 3, 9):

@@ -61,7 +61,7 @@ judge() { # run folder
 export -f judge
 env -u OMP_NUM_THREADS python -c "
 from pathlib import Path
-from classifiers import load_classifier
+from evaluation.classifiers import load_classifier
 load_classifier('fashion-mnist', Path('results/references'))" # once, not by both at once
 ls -d "$OUT"/*-seed*/ | sed 's:/$::' | grep -v dense4 |
   xargs -P 2 -I {} bash -euo pipefail -c 'judge {}'

@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from common import process
 from data import VAE, ImageDataset, Pixels, cache_index, load_dataset, load_vae, make_loader
-from latent_cache import CachedLatents
+from data.latent_cache import CachedLatents
 
 
 def rates(

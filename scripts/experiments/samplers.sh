@@ -30,7 +30,7 @@ draw() { # checkpoint, sampler, steps, name of the variant ("" = none), flags...
 export -f draw
 env -u OMP_NUM_THREADS python -c "
 from pathlib import Path
-from classifiers import load_classifier
+from evaluation.classifiers import load_classifier
 load_classifier('fashion-mnist', Path('results/references'))" # once, not by both at once
 { # the longest first, so that both cores are busy to the end
   echo "$DDPM ddpm 250 ''"

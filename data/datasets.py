@@ -32,13 +32,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from common.errors import FileError, UserError
 from common.network import why_unreachable
 from common.quiet import silence_torchao, silence_worker_count
-from image_files import UnreadableImageError, list_classes, read_square
-from latent_index import cache_index
+from data.image_files import UnreadableImageError, list_classes, read_square
+from data.latent_index import cache_index
 
 Key = tuple[int, bool]  # (index in the dataset, mirror it left to right?)
 
 FASHION_MNIST_ROOT = Path("/usr/share/datasets/fashion-mnist")  # Debian: dataset-fashion-mnist
-FASHION_MNIST_DOWNLOAD = Path("data")
+FASHION_MNIST_DOWNLOAD = Path("downloads")
 # fmt: off
 FASHION_MNIST_CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
                          "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
@@ -305,8 +305,9 @@ def _find_fashion_mnist() -> Path:
     if FASHION_MNIST_ROOT.is_dir():
         return FASHION_MNIST_ROOT
     whole = FASHION_MNIST_DOWNLOAD / "FashionMNIST"
-    if whole.is_dir():
-        return whole / "raw"
+    for found in (whole, Path("data/FashionMNIST")):  # where it went before
+        if found.is_dir():
+            return found / "raw"
     from torchvision.datasets import FashionMNIST
 
     try:

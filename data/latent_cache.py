@@ -24,7 +24,7 @@ from tqdm import tqdm
 from common.arrays import ArrayHeader, array_header
 from common.errors import FileError, UserError
 from common.files import verify_file
-from data import (
+from data.datasets import (
     VAE,
     FolderImages,
     ImageDataset,
@@ -34,7 +34,7 @@ from data import (
     load_dataset,
     load_vae,
 )
-from latent_index import (
+from data.latent_index import (
     FORMAT,
     LABELS,
     VERSION,

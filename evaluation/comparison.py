@@ -14,13 +14,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from classifiers import EPOCHS, Classifier, predict
 from common import process
 from common.errors import FileError, UserError
 from data import load_dataset
-from image_sets import DatasetSet, ImageSet, NpzSet, Spread
-from latent_index import cache_index
-from metrics import Extractor, Statistics, StatisticsBuilder, frechet_distance, read_moments
+from data.latent_index import cache_index
+from evaluation.classifiers import EPOCHS, Classifier, predict
+from evaluation.image_sets import DatasetSet, ImageSet, NpzSet, Spread
+from evaluation.metrics import (
+    Extractor,
+    Statistics,
+    StatisticsBuilder,
+    frechet_distance,
+    read_moments,
+)
 
 MIN_IMAGES = 2  # of a set: fewer have no covariance
 

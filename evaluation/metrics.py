@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from classifiers import Classifier, Features
 from common import process
 from common.errors import FileError, UserError
 from common.files import atomic_write
 from common.network import why_unreachable
+from evaluation.classifiers import Classifier, Features
 
 NEIGHBOURS = 3  # of precision and recall, arXiv:1904.06991
 MAX_ROWS = 50_000  # images of a set whose features are kept, for precision and recall

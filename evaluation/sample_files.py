@@ -15,7 +15,7 @@ from torch import Tensor
 from common.errors import FileError, UserError
 from common.files import atomic_write
 from common.pictures import save_grid
-from image_sets import NpzSet, save_npz
+from evaluation.image_sets import NpzSet, save_npz
 
 
 class SampleFiles:

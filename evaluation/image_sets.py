@@ -17,7 +17,7 @@ from common.arrays import array_header
 from common.errors import FileError, UserError
 from common.files import atomic_write
 from data import ImageDataset
-from image_files import list_images, read_image, read_square, same_size
+from data.image_files import list_images, read_image, read_square, same_size
 
 MAX_UNPACKED, MAX_RATIO = 2**30, 50  # bytes of a compressed array, and how many a packed byte gives
 
