@@ -9,7 +9,6 @@ its address opens it there. The page itself is expert_report.html.
 import argparse
 import base64
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +17,45 @@ from matplotlib import colormaps
 from matplotlib.colors import to_rgb
 from plotly.offline import get_plotlyjs
 
-from common.files import atomic_write
+from common.errors import FileError, one_line_errors, printable
+from common.files import atomic_write, make_writable
 from common.flags import FlagParser, number
-from figures import LOAD_COLORS, expert_colors, relative_load
-from routing_data import FACTORS, HALVES, RoutingData, measure_all
+from figures import FAINT, LOAD_COLORS, OVERLAY, expert_colors, relative_load
+from routing_data import (
+    FACTORS,
+    HALVES,
+    MEANINGS,
+    SUFFIXES,
+    RoutingData,
+    measure_all,
+    refuse_foreign,
+)
 
 NOTHING = 65535  # the page draws no colour there
 TEMPLATE = Path(__file__).with_name("expert_report.html")
+TITLE = b"<title>What the experts learned</title>"  # every report has it
 
 
 def build_parser() -> FlagParser:
     """Return the parser of this script's flags."""
     parser = FlagParser(__doc__)
     report = parser.group("Report")
-    report.add("--data", required=True, help=".npz of expert_data.py")
-    report.add("--out", default="results/routing.html", help="file to write")
-    report.add("--max-pictures", type=number(int, 0), default=20, help="pictures in the page")
-    report.add("--max-steps", type=number(int, 1), default=50, help="steps shown over a picture")
+    report.add("--data", required=True, metavar="NPZ", help="File of expert_data.py to show.")
+    report.add("--out", default="results/routing.html", help="Page to write, .html.")
+    report.add(
+        "--max-pictures",
+        type=number(int, 0, 10**9),
+        default=20,
+        metavar="N",
+        help="Number of pictures in the page, at most.",
+    )
+    report.add(
+        "--max-steps",
+        type=number(int, 1, 10**9),
+        default=50,
+        metavar="N",
+        help="Number of steps shown over a picture, at most.",
+    )
     return parser
 
 
@@ -87,6 +108,9 @@ def page_data(data: RoutingData, max_pictures: int, max_steps: int) -> dict[str,
         "times": data.times.tolist(),
         "tables": {factor: load_table(data, factor, halves) for factor in FACTORS},
         "numbers": numbers,
+        "meanings": MEANINGS | SUFFIXES,
+        "overlay": OVERLAY,
+        "faint": [255 * level for level in FAINT],
         "sample_classes": data.raw_labels[:max_pictures].tolist(),
         "kept_steps": kept.tolist(),
         "kept_times": data.times[kept].tolist(),
@@ -98,23 +122,36 @@ def page_data(data: RoutingData, max_pictures: int, max_steps: int) -> dict[str,
 
 def build_page(data: RoutingData, max_pictures: int = 20, max_steps: int = 50) -> str:
     """Return the whole page."""
-    content = json.dumps(page_data(data, max_pictures, max_steps)).replace(
-        "</", "<\\/"
-    )  # no name may end the script
-    page = TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/null", content)
-    return page.replace("/*PLOTLY*/", get_plotlyjs())
+    content = json.dumps(page_data(data, max_pictures, max_steps))
+    content = content.replace("<", "\\u003c")  # no name may end the script or begin a comment
+    page = TEMPLATE.read_text(encoding="utf-8")
+    before, rest = page.split("/*PLOTLY*/")
+    between, after = rest.split("/*DATA*/null")
+    return "".join([before, get_plotlyjs(), between, content, after])
+
+
+def check_out(path: str | Path) -> None:
+    """Refuse a file that can't be written, or is no report of ours, before any work.
+
+    Raises:
+        FileError: naming the file.
+    """
+    path = Path(path)
+    if path.suffix not in (".html", ".htm"):
+        raise FileError(f"--out {path}: expected .html")
+    refuse_foreign(path, TITLE)
+    make_writable(path.parent, "--out")
 
 
 def main(args: argparse.Namespace) -> None:
     """Write the page."""
-    try:
-        page = build_page(RoutingData.load(args.data), args.max_pictures, args.max_steps)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"expert_report.py: error: {error}")
+    check_out(args.out)
+    page = build_page(RoutingData.load(args.data), args.max_pictures, args.max_steps)
     with atomic_write(args.out) as temp:
         temp.write_text(page, encoding="utf-8")
-    print(f"{len(page) / 1e6:.1f} MB, open in a browser: {args.out}")
+    print(printable(f"{len(page) / 1e6:.1f} MB, open in a browser: {args.out}"))
 
 
 if __name__ == "__main__":
-    main(build_parser().parse_args())
+    with one_line_errors():
+        main(build_parser().parse_args())

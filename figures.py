@@ -5,6 +5,7 @@ Shapes: L layers, E experts, X rows of one heatmap.
 
 import argparse
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,17 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.colors import TwoSlopeNorm, to_hex, to_rgb
 
-from common.files import atomic_write
+from common.errors import FileError, UserError
+from common.files import atomic_write, make_writable
 from common.flags import FlagParser, number
-from routing_data import HALVES, RoutingData
+from routing_data import HALVES, RoutingData, refuse_foreign
 
 mpl.use("Agg")
+mpl.rcParams["text.parse_math"] = False  # a class may be called "$5"
+mpl.rcParams["text.usetex"] = False
+
+FORMATS = (".png", ".svg", ".pdf")
+MAKER = "DiT-MoE routing figure"  # in the metadata of every file, so that it is known again
 
 # Blue: below the even load, white: even, red: above; told apart by every kind of colour vision.
 LOAD_COLORS = "RdBu_r"
@@ -27,7 +34,12 @@ EXPERT_COLORS = (
     *("#E69F00", "#56B4E9", "#009E73", "#F0E442"),
     *("#0072B2", "#D55E00", "#CC79A7", "#000000"),
 )
+OVERLAY = 0.85  # opacity of expert colours over a picture
+# Grays of that picture, 0 = black: a narrow range, so that a dark patch makes no other expert.
+FAINT = (0.3, 0.7)
 MAX_LABELLED_ROWS, MAX_LABELLED_COLUMNS = 18, 8  # beyond that, every so many
+NOTE_SIZE, TITLE_SIZE = 8, 11  # points
+MAX_SIDE = 2**16 - 1  # pixels that matplotlib draws
 
 
 def expert_colors(num_experts: int) -> list[str]:
@@ -42,32 +54,114 @@ def expert_colors(num_experts: int) -> list[str]:
     return colors
 
 
+def faint(pictures: np.ndarray) -> np.ndarray:
+    """Return the gray of pictures (..., C) uint8 under the colours of experts, (...) in `FAINT`."""
+    low, high = FAINT
+    return low + (high - low) * pictures.mean(axis=-1) / 255
+
+
 def add_figure_flags(parser: FlagParser, out: str) -> None:
     """Add the flags that every figure has."""
     data = parser.group("Figure")
-    data.add("--data", required=True, help=".npz of expert_data.py")
-    data.add("--out", default=out, help="file to write: .png, .svg or .pdf")
-    data.add("--half", choices=HALVES, default="conditional", help="half of the guided batch")
-    data.add("--layers", nargs="+", type=number(int, 0), help="layers to draw; default: all")
-    data.add("--vmax", type=number(float, 1.01), help="top of the scale; default: every token")
-    data.add("--dpi", type=number(int, 20), default=110, help="dots per inch of a PNG")
+    data.add("--data", required=True, metavar="NPZ", help="File of expert_data.py to draw.")
+    data.add("--out", default=out, metavar="FILE", help="Figure to write: .png, .svg or .pdf.")
+    data.add(
+        "--half",
+        choices=HALVES,
+        default="conditional",
+        help="With guidance every picture runs through the network with its class (conditional) "
+        "and without: which of the two to draw.",
+    )
+    data.add(
+        "--layers",
+        nargs="+",
+        type=number(int, 0, 10**9),
+        metavar="L",
+        help="Numbers of the layers to draw. Default: all.",
+    )
+    data.add(
+        "--vmax",
+        type=number(float, 1.01, 10**6),
+        metavar="LOAD",
+        help="Top of the colour scale, relative to the even load. Default: every token.",
+    )
+    data.add("--dpi", type=number(int, 20, 1000), default=110, help="Dots per inch of a PNG.")
+
+
+def check_out(path: str | Path) -> None:
+    """Refuse a file that can't be written, or is not a figure of ours, before any work.
+
+    Raises:
+        FileError: naming the file.
+    """
+    path = Path(path)
+    if path.suffix not in FORMATS:
+        raise FileError(f"--out {path}: expected .png, .svg or .pdf")
+    refuse_foreign(path, MAKER.encode())
+    make_writable(path.parent, "--out")
 
 
 def pick_layers(args: argparse.Namespace, depth: int) -> list[int]:
     """Return `--layers`, by default all.
 
     Raises:
-        ValueError: if there is no such layer.
+        UserError: if there is no such layer.
     """
     layers = args.layers or list(range(depth))
     if max(layers) >= depth:
-        raise ValueError(f"--layers {max(layers)}: expected numbers in [0, {depth - 1}]")
+        raise UserError(f"--layers {max(layers)}: expected numbers in [0, {depth - 1}]")
     return layers
+
+
+# ------------------------------------------------------------------------------ words
 
 
 def figure_title(what: str, args: argparse.Namespace, data: RoutingData) -> str:
     """Say what is drawn, of which model, from how many images: three short lines."""
-    return "\n".join([f"{what}, {args.half} half", *data.title.split("; ")])
+    half = f", {args.half} half" if data.both_halves else ""
+    return "\n".join([f"{what}{half}", *data.title.split("; ")])
+
+
+def half_note(args: argparse.Namespace, data: RoutingData) -> str:
+    """Explain the half that is drawn, "" where there is but one."""
+    if not data.both_halves:
+        return ""
+    with_class = "with it" if args.half == "conditional" else "without"
+    return (
+        "Guidance runs every picture through the network with its class and without; the "
+        f"{args.half} half is what happened {with_class}."
+    )
+
+
+def nmi_note(factor: str) -> str:
+    """Explain the number above the panels of a figure by class, step or patch."""
+    return (
+        f"NMI, normalised mutual information: how much the {factor} tells about the expert; "
+        f"0 = nothing, 1 = the {factor} decides."
+    )
+
+
+def add_note(figure: plt.Figure, *sentences: str) -> None:
+    """Make the figure taller and write sentences below it; panels keep their size."""
+    width, height = figure.get_size_inches()
+    text = wrap(" ".join(filter(None, sentences)), width - 0.2, NOTE_SIZE)
+    if not text:
+        return
+    inches = (text.count("\n") + 1) * NOTE_SIZE * 1.25 / 72 + 0.15
+    figure.set_size_inches(width, height + inches)
+    share = inches / (height + inches)
+    layout: Any = figure.get_layout_engine()
+    layout.set(rect=(0, share, 1, 1 - share))
+    figure.text(0.1 / width, 0.05 / (height + inches), text, fontsize=NOTE_SIZE, color="0.25")
+
+
+def wrap(text: str, inches: float, points: float) -> str:
+    """Break each line so that letters of that size, on average half as wide, stay within."""
+    most = max(int(inches * 72 / (0.53 * points)), 10)
+    return "\n".join(part for line in text.split("\n") for part in textwrap.wrap(line, most))
+
+
+# ------------------------------------------------------------------------------ heatmaps
 
 
 def relative_load(counts: Any, axis: int = -1) -> np.ndarray:
@@ -115,6 +209,7 @@ def heatmap_grid(
     yticks: Sequence[str],
     color_label: str,
     panel_size: tuple[float, float],
+    notes: Sequence[str] = (),
 ) -> plt.Figure:
     """Draw heatmaps side by side on one colour scale, NaN in grey.
 
@@ -129,6 +224,7 @@ def heatmap_grid(
         yticks: name of each row.
         color_label: meaning of the colours.
         panel_size: inches.
+        notes: sentences to write below.
     """
     columns = grid_columns(len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -148,13 +244,14 @@ def heatmap_grid(
     for column in range(columns):  # the lowest panel of each column, also of short columns
         lowest = axes[(len(panels) - 1 - column) // columns, column]
         lowest.tick_params(labelbottom=True)
-    figure.supxlabel(xlabel, fontsize=10)
+        lowest.set_xlabel(xlabel, fontsize=9)
     figure.supylabel(ylabel, fontsize=10)
     most = max(np.nanmax(panel) for panel in panels)
     add_color_bar(
         figure, image, norm, color_label, most=most, axes=[a for a in axes.flat if a.figure]
     )
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(wrap(title, size[0], TITLE_SIZE), fontsize=TITLE_SIZE)
+    add_note(figure, *notes)
     return figure
 
 
@@ -184,12 +281,15 @@ def save_figure(figure: plt.Figure, path: str | Path, dpi: int) -> None:
     """Write the figure in the format of its suffix, all of it or nothing.
 
     Raises:
-        ValueError: if the suffix is of no known format.
+        FileError: it can't be written; see `check_out`.
+        UserError: `dpi` makes it larger than a picture can be.
     """
-    suffix = Path(path).suffix[1:]
-    accepted = figure.canvas.get_supported_filetypes()
-    if suffix not in accepted:
-        raise ValueError(f"--out {path}: expected .png, .svg or .pdf")
+    path = Path(path)
+    check_out(path)
+    key = {".png": "Software", ".svg": "Creator", ".pdf": "Creator"}[path.suffix]
+    pixels = int(max(figure.get_size_inches()) * dpi)
+    if path.suffix == ".png" and pixels > MAX_SIDE:
+        raise UserError(f"--dpi {dpi}: this figure would have {pixels:,} pixels, {MAX_SIDE:,} fit")
     with atomic_write(path) as temp:
-        figure.savefig(temp, format=suffix, dpi=dpi)
+        figure.savefig(temp, format=path.suffix[1:], dpi=dpi, metadata={key: MAKER})
     plt.close(figure)

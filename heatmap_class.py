@@ -6,17 +6,21 @@ Source: the paper's figure 5, arXiv:2407.11633.
 """
 
 import argparse
-import sys
 
 import numpy as np
+from matplotlib import pyplot as plt
 from scipy.cluster.hierarchy import leaves_list, linkage
 
+from common.errors import one_line_errors, printable
 from common.flags import FlagParser
 from figures import (
     add_figure_flags,
+    check_out,
     figure_title,
+    half_note,
     heatmap_grid,
     load_scale,
+    nmi_note,
     pick_layers,
     relative_load,
     save_figure,
@@ -30,7 +34,9 @@ def build_parser() -> FlagParser:
     parser = FlagParser(__doc__)
     add_figure_flags(parser, "results/class.png")
     classes = parser.group("Classes")
-    classes.add("--order", choices=["label", "similarity"], default="label", help="of the rows")
+    classes.add(
+        "--order", choices=["label", "similarity"], default="label", help="Order of the rows."
+    )
     return parser
 
 
@@ -49,35 +55,38 @@ def similarity_order(load: np.ndarray) -> np.ndarray:
     return leaves_list(linkage(features, method="average", optimal_ordering=True))
 
 
+def draw(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
+    """Draw classes x experts for each layer."""
+    layers = pick_layers(args, data.config.depth)
+    counts = data.counts("class", args.half)[layers]  # (layers, X, E)
+    load = relative_load(counts)
+    order, ylabel = np.arange(load.shape[1]), "class"
+    if args.order == "similarity":
+        order, ylabel = similarity_order(load), "class, similar ones together"
+    nmi = normalized_mutual_information(counts, data.config.num_experts_per_tok)
+    return heatmap_grid(
+        load[:, order],
+        [f"layer {layer} · NMI {value:.3f}" for layer, value in zip(layers, nmi, strict=True)],
+        load_scale(args, data),
+        title=figure_title("Experts by class", args, data),
+        xlabel="expert",
+        ylabel=ylabel,
+        xticks=[str(expert) for expert in range(load.shape[2])],
+        yticks=[data.class_names[i] for i in data.drawn_classes[order].tolist()],
+        color_label="load of the expert within the class, relative to even",
+        panel_size=(1.9, 2.4),
+        notes=(nmi_note("class"), half_note(args, data)),
+    )
+
+
 def main(args: argparse.Namespace) -> None:
     """Draw and save."""
-    try:
-        data = RoutingData.load(args.data)
-        layers = pick_layers(args, data.config.depth)
-        counts = data.counts("class", args.half)[layers]  # (layers, X, E)
-        load = relative_load(counts)
-        order = np.arange(load.shape[1])
-        if args.order == "similarity":
-            order = similarity_order(load)
-        classes = data.drawn_classes[order].tolist()
-        nmi = normalized_mutual_information(counts, data.config.num_experts_per_tok)
-        figure = heatmap_grid(
-            load[:, order],
-            [f"layer {layer} · NMI {value:.3f}" for layer, value in zip(layers, nmi, strict=True)],
-            load_scale(args, data),
-            title=figure_title("Experts by class", args, data),
-            xlabel="expert",
-            ylabel="class" + (", similar ones together" if args.order == "similarity" else ""),
-            xticks=[str(expert) for expert in range(load.shape[2])],
-            yticks=[data.class_names[i] for i in classes],
-            color_label="load of the expert within the class, relative to even",
-            panel_size=(1.9, 2.4),
-        )
-        save_figure(figure, args.out, args.dpi)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"heatmap_class.py: error: {error}")
-    print(f"{len(layers)} layers, {len(order)} classes: {args.out}")
+    check_out(args.out)
+    data = RoutingData.load(args.data)
+    save_figure(draw(args, data), args.out, args.dpi)
+    print(printable(f"{len(data.drawn_classes)} classes: {args.out}"))
 
 
 if __name__ == "__main__":
-    main(build_parser().parse_args())
+    with one_line_errors():
+        main(build_parser().parse_args())

@@ -14,7 +14,6 @@ Source: arXiv:2407.11633, figures 6 and 7.
 
 import argparse
 import math
-import sys
 from typing import Any
 
 import numpy as np
@@ -23,18 +22,27 @@ from matplotlib.colors import ListedColormap, NoNorm
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
+from common.errors import UserError, one_line_errors, printable
 from common.flags import FlagParser, number
 from figures import (
     LOAD_COLORS,
+    OVERLAY,
+    TITLE_SIZE,
     add_color_bar,
     add_figure_flags,
+    add_note,
+    check_out,
     expert_colors,
+    faint,
     figure_title,
+    half_note,
     heatmap_grid,
     load_scale,
+    nmi_note,
     pick_layers,
     relative_load,
     save_figure,
+    wrap,
 )
 from routing import normalized_mutual_information
 from routing_data import HALVES, RoutingData
@@ -42,6 +50,7 @@ from routing_data import HALVES, RoutingData
 MAP_INCHES = 0.6  # of one layer and expert
 MAX_SAMPLE_LAYERS = 8  # rows of the strip unless --layers says otherwise
 
+MAX_LEGEND_ROWS = 24
 MAX_NUMBERED_SIDE = 8  # patches a side up to which experts are also written, not only coloured
 NUMBER_STYLE: Any = {
     "fontsize": 6,
@@ -55,9 +64,21 @@ def build_parser() -> FlagParser:
     parser = FlagParser(__doc__)
     add_figure_flags(parser, "results/layer.png")
     layer = parser.group("Layers")
-    layer.add("--by", choices=list(FIGURES), default="step", help="see above")
-    layer.add("--sample", type=number(int, 0), default=0, help="picture of --by sample")
-    layer.add("--num-columns", type=number(int, 1), default=8, help="steps of --by sample")
+    layer.add("--by", choices=list(FIGURES), default="step", help="What to draw, see above.")
+    layer.add(
+        "--sample",
+        type=number(int, 0, 10**9),
+        default=0,
+        metavar="I",
+        help="Number of the picture of --by sample.",
+    )
+    layer.add(
+        "--num-columns",
+        type=number(int, 1, 50),
+        default=8,
+        metavar="N",
+        help="Number of steps that --by sample shows.",
+    )
     return parser
 
 
@@ -77,6 +98,7 @@ def by_expert(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
         yticks=[str(layer) for layer in layers],
         color_label="relative to even",
         panel_size=(3.4, max(3.0, 0.16 * len(layers))),
+        notes=(half_note(args, data),),
     )
 
 
@@ -101,6 +123,7 @@ def by_factor(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
         yticks=list(yticks),
         color_label=f"load of the expert within the {args.by}, relative to even",
         panel_size=(1.9, 2.2),
+        notes=(nmi_note(args.by), half_note(args, data)),
     )
 
 
@@ -112,7 +135,7 @@ def by_map(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
     side = math.isqrt(T)
     cell = side + max(side // 8, 1)  # a gap between maps
     blocks = np.array_split(np.arange(L), max(1, round(math.sqrt(L / E))))  # side by side
-    size = (len(blocks) * E * MAP_INCHES + 3, len(blocks[0]) * MAP_INCHES + 1.4)
+    size = (len(blocks) * (E * MAP_INCHES + 0.5) + 0.8, len(blocks[0]) * MAP_INCHES + 1.3)
     figure, axes = plt.subplots(1, len(blocks), figsize=size, squeeze=False, layout="constrained")
     colors = plt.get_cmap(LOAD_COLORS).with_extremes(bad="0.3")
     for axis, block in zip(axes.flat, blocks, strict=True):
@@ -128,9 +151,12 @@ def by_map(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
         axis.set_yticks([middle + cell * row for row in range(rows)], names)
         axis.tick_params(length=0)
         axis.set(xlabel="expert", ylabel="layer")
-    figure.suptitle(figure_title("Experts by patch", args, data), fontsize=11)
-    label = "load of the expert at the patch, relative to even"
-    add_color_bar(figure, image, norm, label, most=load.max(), axes=axes)
+    title = figure_title("Experts by patch", args, data)
+    figure.suptitle(wrap(title, size[0], TITLE_SIZE), fontsize=TITLE_SIZE)
+    label = "load of the expert at the patch,\nrelative to even"
+    add_color_bar(figure, image, norm, label, most=np.nanmax(load), axes=axes)
+    note = "Each small map is the picture: how often the layer sends that patch to the expert."
+    add_note(figure, note, half_note(args, data))
     return figure
 
 
@@ -138,10 +164,10 @@ def by_pair(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
     """Draw experts x experts for each layer: tokens that chose both, relative to even pairs.
 
     Raises:
-        ValueError: if a token has one expert only.
+        UserError: if a token has one expert only.
     """
     if data.config.num_experts_per_tok < 2:
-        raise ValueError("--by pair: num_experts_per_tok is 1 here, there are no pairs")
+        raise UserError("--by pair: num_experts_per_tok is 1 here, there are no pairs")
     layers = pick_layers(args, data.config.depth)
     data.counts("step", args.half)  # that half was run
     pairs = data.pairs[HALVES.index(args.half)][layers].double().numpy()
@@ -160,6 +186,7 @@ def by_pair(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
         yticks=names,
         color_label="tokens that chose both, relative to an even use of all pairs",
         panel_size=(2.1, 2.1),
+        notes=(half_note(args, data),),
     )
 
 
@@ -167,53 +194,65 @@ def by_sample(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
     """Draw one picture with the first expert of each patch over it, layers x steps.
 
     Raises:
-        ValueError: if the file keeps no such picture.
+        UserError: if the file keeps no such picture.
     """
     num_raw, num_steps = data.raw_ids.shape[:2]
     if args.sample >= num_raw:
-        raise ValueError(
+        raise UserError(
             f"--sample {args.sample}: this file keeps {num_raw} pictures; more: "
-            "expert_data.py --raw-samples"
+            "expert_data.py --traced-samples"
         )
     depth, E = data.config.depth, data.config.num_experts
-    shown = np.unique(np.linspace(0, depth - 1, min(depth, MAX_SAMPLE_LAYERS)).round().astype(int))
-    layers = pick_layers(args, depth) if args.layers else shown.tolist()
-    last = num_steps - 1
-    steps = np.unique(np.linspace(0, last, min(num_steps, args.num_columns)).round().astype(int))
+    layers = pick_layers(args, depth) if args.layers else evenly(depth, MAX_SAMPLE_LAYERS)
+    steps = evenly(num_steps, args.num_columns)
     picture = data.raw_images[args.sample].permute(1, 2, 0).numpy()  # (H, W, C)
-    picture = np.broadcast_to(picture, (*picture.shape[:2], 3))
-    faint = (picture.mean(axis=2) * 0.6 + 60).astype(np.uint8)
     experts = data.raw_ids[args.sample, ..., 0].numpy()  # (S, L, T)
-    side, colors = math.isqrt(experts.shape[-1]), ListedColormap(expert_colors(E))
+    colors = ListedColormap(expert_colors(E))
+    width = 1.25 * (len(steps) + 1) + 1.2
     figure, axes = plt.subplots(
         *(len(layers), len(steps) + 1),
-        figsize=(1.25 * (len(steps) + 1) + 1.2, 1.25 * len(layers) + 1.3),
+        figsize=(width, 1.25 * len(layers) + 1.0),
         squeeze=False,
         layout="constrained",
     )
-    extent = (0, picture.shape[1], picture.shape[0], 0)
     for row, layer in enumerate(layers):
-        axes[row, 0].imshow(picture, extent=extent)
+        axes[row, 0].imshow(np.broadcast_to(picture, (*picture.shape[:2], 3)))
         axes[row, 0].set_ylabel(f"layer {layer}", fontsize=9)
         for axis, step in zip(axes[row, 1:], steps, strict=True):
-            axis.imshow(faint, cmap="gray", vmin=0, vmax=255, extent=extent)
-            chosen = experts[step, layer].reshape(side, side)
-            axis.imshow(chosen, colors, alpha=0.6, extent=extent, norm=NoNorm())
-            if side <= MAX_NUMBERED_SIDE:
-                scale = picture.shape[0] / side
-                for (y, x), expert in np.ndenumerate(chosen):
-                    centre = ((x + 0.5) * scale, (y + 0.5) * scale)
-                    axis.text(*centre, str(expert), ha="center", va="center", **NUMBER_STYLE)
+            draw_choices(axis, picture, experts[step, layer], colors)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-    axes[0, 0].set_title("picture", fontsize=9)
-    for axis, step in zip(axes[0, 1:], steps, strict=True):
-        axis.set_title(f"t = {data.times[step]:.2f}", fontsize=9)
+    names = ["picture", *(f"t = {data.times[step]:.2f}" for step in steps)]
+    for axis, name in zip(axes[0], names, strict=True):
+        axis.set_title(name, fontsize=9)
     legend = [Patch(color=colors(e), label=str(e)) for e in range(E)]
-    figure.legend(handles=legend, loc="outside right center", title="expert", fontsize=9)
-    name = data.class_names[int(data.raw_labels[args.sample])]
-    figure.suptitle(f"First expert of each patch of one picture, class: {name}", fontsize=11)
+    place: Any = {"loc": "outside right center", "ncols": math.ceil(E / MAX_LEGEND_ROWS)}
+    figure.legend(handles=legend, title="expert", fontsize=9, **place)
+    title = (
+        f"First expert of each patch, class: {data.class_names[int(data.raw_labels[args.sample])]}"
+    )
+    figure.suptitle(wrap(title, width, TITLE_SIZE), fontsize=TITLE_SIZE)
+    note = "Colour: the expert with the largest weight. t = 1 is noise, t = 0 the picture."
+    add_note(figure, note)
     return figure
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """Return at most so many of the numbers 0..count-1, evenly spread, with both ends."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist()
+
+
+def draw_choices(axis: Any, picture: np.ndarray, chosen: np.ndarray, colors: Any) -> None:
+    """Draw the experts (T,) of the patches over a faint picture (H, W, C)."""
+    height, width = picture.shape[:2]
+    extent, side = (0, width, height, 0), math.isqrt(len(chosen))
+    axis.imshow(faint(picture), cmap="gray", vmin=0, vmax=1, extent=extent)
+    chosen = chosen.reshape(side, side)
+    axis.imshow(chosen, colors, alpha=OVERLAY, extent=extent, norm=NoNorm())
+    if side <= MAX_NUMBERED_SIDE:
+        for (y, x), expert in np.ndenumerate(chosen):
+            centre = ((x + 0.5) * width / side, (y + 0.5) * height / side)
+            axis.text(*centre, str(expert), ha="center", va="center", **NUMBER_STYLE)
 
 
 FIGURES = {
@@ -228,14 +267,12 @@ FIGURES = {
 
 def main(args: argparse.Namespace) -> None:
     """Draw and save."""
-    try:
-        data = RoutingData.load(args.data)
-        figure = FIGURES[args.by](args, data)
-        save_figure(figure, args.out, args.dpi)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"heatmap_layer.py: error: {error}")
-    print(f"experts by {args.by}: {args.out}")
+    check_out(args.out)
+    data = RoutingData.load(args.data)
+    save_figure(FIGURES[args.by](args, data), args.out, args.dpi)
+    print(printable(f"experts by {args.by}: {args.out}"))
 
 
 if __name__ == "__main__":
-    main(build_parser().parse_args())
+    with one_line_errors():
+        main(build_parser().parse_args())

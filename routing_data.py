@@ -107,6 +107,11 @@ class RoutingData:
         return [*map(shown, names[:num_classes]), *more]
 
     @property
+    def both_halves(self) -> bool:
+        """Whether images were routed without their class too, as guidance does."""
+        return bool(self.rows[1].sum() > 0)
+
+    @property
     def images_done(self) -> int:
         """Images counted so far, over all runs."""
         return sum(run["images_done"] for run in self.meta["runs"])

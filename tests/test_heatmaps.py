@@ -10,20 +10,35 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from PIL import Image
 
 import expert_report
 import heatmap_class
 import heatmap_layer
-from figures import LOAD_COLORS, expert_colors, grid_columns, relative_load, tick_step
+from common.errors import FileError, UserError
+from figures import (
+    FAINT,
+    LOAD_COLORS,
+    OVERLAY,
+    expert_colors,
+    grid_columns,
+    relative_load,
+    save_figure,
+    tick_step,
+)
 from models import DiTConfig
 from routing_data import FORMAT, VERSION, RoutingData
 
 KINDS = list(heatmap_layer.FIGURES)
 CHROMIUM = shutil.which("chromium")
+HOSTILE = "</script> <!--<script> & <b>$_^$"  # ends scripts, begins comments, breaks mathtext
 
 
-def synthetic(path: Path, *, num_steps: int = 6, side: int = 4, **fields: int) -> Path:
+def synthetic(
+    path: Path, *, num_steps: int = 6, side: int = 4, num_names: int | None = None, **fields: int
+) -> Path:
     """Write random routing data of a given config; class 1 is left out, two pictures are kept."""
     small = {"depth": 3, "num_experts": 4, "num_experts_per_tok": 2, "num_classes": 5}
     config = DiTConfig.from_dict({**small, **fields, "input_size": 2 * side, "patch_size": 2})
@@ -46,7 +61,7 @@ def synthetic(path: Path, *, num_steps: int = 6, side: int = 4, **fields: int) -
         "sampler": "euler",
         "num_steps": S,
         "cfg_scale": 1.5,
-        "class_names": [*names[:-1], "</script> & <b>"],
+        "class_names": [*names[:-1], HOSTILE][:num_names],
         "runs": [{"seed": 0, "labels": [0], "num_images": 9, "images_done": 9}],
     }
     RoutingData(
@@ -90,6 +105,15 @@ def test_relative_load_of_nothing_is_not_a_number():
 def test_expert_colors_differ_for_any_number_of_experts():
     for num_experts in (1, 8, 16, 64):
         assert len(set(expert_colors(num_experts))) == num_experts
+
+
+@pytest.mark.parametrize(("num_experts", "apart"), [(8, 0.16), (16, 0.09)])
+def test_no_patch_beneath_makes_one_expert_look_like_another(num_experts: int, apart: float):
+    colors = np.array([to_rgb(color) for color in expert_colors(num_experts)])
+    grays = np.linspace(*FAINT, 9)
+    seen = OVERLAY * colors[:, None] + (1 - OVERLAY) * grays[None, :, None]  # (E, gray, 3)
+    distances = np.linalg.norm(seen[:, :, None, None] - seen[None, None], axis=-1).min(axis=(1, 3))
+    assert distances[~np.eye(num_experts, dtype=bool)].min() > apart
 
 
 def test_ticks_are_few_and_round():
@@ -150,6 +174,99 @@ def test_any_number_of_experts_draws(tmp_path: Path, num_experts: int, num_exper
     expert_report.build_page(RoutingData.load(data))
 
 
+def drawn(data: Path, *flags: str) -> Figure:
+    """Return a figure of heatmap_layer.py, laid out."""
+    arguments = ["--data", str(data), *flags]
+    args = heatmap_layer.build_parser().parse_args(arguments)
+    figure = heatmap_layer.FIGURES[args.by](args, RoutingData.load(data))
+    figure.draw_without_rendering()
+    return figure
+
+
+def words(figure: Figure) -> str:
+    return " ".join(" ".join(text.get_text().split()) for text in figure.texts)
+
+
+def test_figures_say_what_nmi_and_half_mean(data: Path, tmp_path: Path) -> None:
+    said = words(drawn(data, "--by", "step"))
+    assert "NMI, normalised mutual information: how much the step tells about the expert" in said
+    assert "the conditional half is what happened with it" in said
+    assert "half is what happened without" in words(drawn(data, "--half", "unconditional"))
+    one = RoutingData.load(data)
+    one.rows[1] = 0  # guidance was off
+    one.save(tmp_path / "a.npz")
+    said = words(drawn(tmp_path / "a.npz", "--by", "step"))
+    assert "half" not in said and "NMI" in said
+
+
+@pytest.mark.parametrize("sizes", [{"depth": 4, "num_experts": 8}, {"depth": 12}])
+def test_the_maps_take_most_of_their_figure(tmp_path: Path, sizes: dict[str, int]) -> None:
+    figure = drawn(synthetic(tmp_path / "a.npz", **sizes), "--by", "map")
+    *maps, _color_bar = figure.axes
+    covered = sum(axis.get_window_extent().width for axis in maps)
+    assert covered > 0.68 * figure.bbox.width
+    label = maps[0].yaxis.label.get_window_extent()
+    assert label.x0 < 0.03 * figure.bbox.width  # no empty strip beside it
+
+
+def test_the_note_is_below_everything_else(data: Path) -> None:
+    for kind in KINDS:
+        figure = drawn(data, "--by", kind)
+        note = [text for text in figure.texts if text.get_fontsize() == 8][-1].get_window_extent()
+        lowest = min(axis.get_window_extent().y0 for axis in figure.axes)
+        assert note.y1 <= lowest + 1 and note.x1 <= figure.bbox.width, kind
+
+
+def test_a_class_name_is_text_not_a_formula(data: Path, tmp_path: Path) -> None:
+    from matplotlib import rc_context
+
+    with rc_context({"svg.fonttype": "none"}):
+        draw(heatmap_class, data, tmp_path / "a.svg")
+        draw(heatmap_layer, data, tmp_path / "b.svg", "--by", "sample", "--sample", "1")
+    assert html.escape(HOSTILE, quote=False) in (tmp_path / "a.svg").read_text()
+    assert html.escape(HOSTILE, quote=False) in (tmp_path / "b.svg").read_text()
+
+
+def test_classes_beyond_the_names_have_their_number(tmp_path: Path) -> None:
+    data = synthetic(tmp_path / "a.npz", num_names=2, depth=12)
+    assert RoutingData.load(data).class_names == [
+        "thing 0",
+        "thing 1",
+        *map("class {}".format, range(2, 5)),
+    ]
+    draw(heatmap_class, data, tmp_path / "a.png", "--dpi", "20")
+    draw(heatmap_layer, data, tmp_path / "b.png", "--by", "sample", "--sample", "1", "--dpi", "20")
+    assert "class 4" in expert_report.build_page(RoutingData.load(data))
+
+
+@pytest.mark.parametrize(
+    ("script", "name"),
+    [(heatmap_class, "a.png"), (heatmap_layer, "a.svg"), (heatmap_layer, "a.pdf"),
+     (expert_report, "a.html")],
+)  # fmt: skip
+def test_only_what_the_scripts_wrote_is_replaced(
+    data: Path, tmp_path: Path, script: ModuleType, name: str
+) -> None:
+    out = tmp_path / name
+    draw(script, data, out)
+    draw(script, data, out)
+    out.write_bytes(b"something dear")
+    with pytest.raises(FileError, match="exists and is none of ours"):
+        draw(script, data, out)
+    assert out.read_bytes() == b"something dear"
+    with pytest.raises(FileError, match="is not a file"):
+        (tmp_path / "folder" / name).mkdir(parents=True)
+        draw(script, data, tmp_path / "folder" / name)
+    with pytest.raises(FileError, match=r"can't be written to"):
+        draw(script, data, out / name)
+
+
+def test_a_figure_too_large_for_a_picture_names_the_flag(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--dpi 1000000: this figure would have"):
+        save_figure(drawn(data), tmp_path / "a.png", 1_000_000)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_forty_layers_of_sixteen_experts_and_a_thousand_classes_draw(tmp_path: Path):
     sizes = {"depth": 40, "num_experts": 16, "num_classes": 1000, "num_steps": 250, "side": 16}
@@ -169,13 +286,14 @@ def test_forty_layers_of_sixteen_experts_and_a_thousand_classes_draw(tmp_path: P
     ],
 )
 def test_wrong_flags_are_named(data: Path, tmp_path: Path, flags: list[str], message: str):
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(UserError, match=message):
         draw(heatmap_layer, data, tmp_path / "a.png", *flags)
+    assert not list(tmp_path.iterdir())
 
 
 def test_pairs_of_a_top_one_model_are_refused(tmp_path: Path):
     data = synthetic(tmp_path / "a.npz", num_experts_per_tok=1)
-    with pytest.raises(SystemExit, match="--by pair: num_experts_per_tok is 1"):
+    with pytest.raises(UserError, match="--by pair: num_experts_per_tok is 1"):
         draw(heatmap_layer, data, tmp_path / "a.png", "--by", "pair")
 
 
@@ -189,6 +307,15 @@ def test_report_is_one_file_that_asks_for_nothing_else(data: Path, tmp_path: Pat
     own = page.replace(expert_report.get_plotlyjs(), "")
     assert "src=" not in own and "href=" not in own and "http" not in own
     assert own.count("</script>") == 2  # a class of that name does not end the script
+    assert "<!--" not in own and "\x1b" not in own
+
+
+def test_a_class_named_as_a_part_of_the_template_stays_a_name(data: Path) -> None:
+    routing = RoutingData.load(data)
+    routing.meta["class_names"][0] = "/*PLOTLY*/ /*DATA*/null"
+    page = expert_report.build_page(routing)
+    assert page.count(expert_report.get_plotlyjs()) == 1
+    assert "/*PLOTLY*/ /*DATA*/null" in page
 
 
 CHOOSE = """<script>  // what a reader would click, and what the page then shows
@@ -200,7 +327,9 @@ for (const [id, value] of [["layer", 2], ["step", 4], ["class", 3]]) {
 document.body.textContent = JSON.stringify({
   rows: [by_class.data[0].z.length, by_step.data[0].z.length], cell: by_step.data[0].z[4][1],
   selected: document.querySelector("tr.selected").cells[0].textContent,
-  note: find("sample_note").textContent, pixels: [picture.width, overlay.height] });
+  note: find("sample_note").textContent, pixels: [picture.width, overlay.height],
+  ticks: by_class.layout.yaxis.ticktext, injected: document.querySelectorAll("#by_class b").length,
+  meanings: find("meanings").textContent });
 </script>"""
 
 
@@ -222,4 +351,32 @@ def test_report_works_in_a_browser_without_network(data: Path, tmp_path: Path):
     expected = relative_load(routing.counts("step"))[2, 4, 1]
     assert shown["cell"] == pytest.approx(expected, abs=6e-4)
     assert shown["rows"] == [4, 6] and shown["selected"] == "2" and shown["pixels"] == [32, 32]
-    assert shown["note"].endswith("class: </script> & <b>. Right: layer 2, t = 0.33.")
+    assert shown["note"].endswith(f"class: {HOSTILE}. Right: layer 2, t = 0.33.")
+    assert shown["ticks"][-1] == "&lt;/script&gt; &lt;!-…" and shown["injected"] == 0
+    assert "max_viohow far the busiest expert is above the even load" in shown["meanings"]
+
+
+NARROW = """<iframe src="a.html" width="480" height="900"></iframe><script>
+addEventListener("load", () => setTimeout(() => {
+  const page = frames[0].document, root = page.documentElement;
+  const plots = [...page.querySelectorAll(".js-plotly-plot .main-svg")];
+  document.body.textContent = JSON.stringify({ visible: root.clientWidth, needed: root.scrollWidth,
+    narrowest: Math.min(...plots.map(plot => plot.getBoundingClientRect().width)),
+    widest: Math.max(...plots.map(plot => plot.getBoundingClientRect().right)) });
+}, 500));</script>"""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs Debian's chromium")
+def test_report_fits_a_window_of_480_pixels(tmp_path: Path) -> None:
+    data = RoutingData.load(synthetic(tmp_path / "a.npz", depth=12, num_experts=16))
+    (tmp_path / "a.html").write_text(expert_report.build_page(data))
+    (tmp_path / "frame.html").write_text(NARROW)  # chromium's own windows are 500 wide at least
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
+    flags += ["--allow-file-access-from-files", "--virtual-time-budget=5000", "--dump-dom"]
+    page = (tmp_path / "frame.html").as_uri()
+    result = subprocess.run(
+        [str(CHROMIUM), *flags, page], capture_output=True, text=True, timeout=120
+    )
+    shown = json.loads(result.stdout.split("<body>")[1].split("</body>")[0])
+    assert shown["needed"] == shown["visible"] <= 480
+    assert shown["narrowest"] > 350 and shown["widest"] <= 480
