@@ -3,9 +3,9 @@
 Counted is what stays from step to step, and the largest gather. Not counted: activations, the
 buckets of the engine's configuration, and a step's scratch.
 
-Bytes of one of P parameters, in bf16 or fp16 on N ranks:
-    weights 2, gradients 4 (accumulated in float32), optimizer 12 (float32 weights and Adam's two
-    moments), EMA 4; stage 2 divides all but the weights by N, stage 3 all.
+Bytes of one of P parameters on N ranks, in any precision, since half formats are autocast:
+    weights 4, gradients 4, EMA 4, optimizer 8 (Adam's two moments) and under ZeRO 4 more (the
+    engine's own copy of the weights); stage 2 divides all but the weights by N, stage 3 all.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,6 @@ def rank_memory(
     model: nn.Module,
     stage: int,
     num_ranks: int,
-    precision: str,
     *,
     offload: bool = False,
     persistent: int = PERSISTENT,
@@ -47,43 +46,39 @@ def rank_memory(
 
     Args:
         model: may be on the meta device, not yet partitioned.
-        stage: ZeRO 0, 2 or 3; 0 is what train.py needs too, in float32.
+        stage: ZeRO 0, 2 or 3; 0 is what train.py needs too.
         num_ranks: N.
-        precision: "fp32", "bf16" or "fp16", of weights and gathers.
         offload: stage 3 with optimizer and weights in host memory: all but the gather is there,
             and the gradients twice, as accumulated and as the optimizer reads them.
         persistent: stage 3 keeps parameters of at most so many elements whole.
     """
-    width = 4 if precision == "fp32" else 2
     sizes = [p.numel() for p in model.parameters()]
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
     if stage == 0:
-        # Half precision: train.py, autocast over float32 weights.
         count = sum(trained)
         return Memory(4 * sum(sizes), 4 * count, 8 * count, 4 * count, 0)
     if stage == 2:
         part = -(-sum(trained) // (num_ranks * ALIGNMENT)) * ALIGNMENT
-        return Memory(width * sum(sizes), 4 * part, 12 * part, 4 * part, 0)
+        return Memory(4 * sum(sizes), 4 * part, 12 * part, 4 * part, 0)
     part = sum(-(-size // num_ranks) for size in trained)
     weights = sum(-(-size // num_ranks) for size in sizes)
     whole = sum(size for size in sizes if size <= persistent)
     own = [sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()]
     gradients = (8 if offload else 4) * part
-    return Memory(width * (weights + whole), gradients, 12 * part, 4 * part, width * max(own))
+    return Memory(4 * (weights + whole), gradients, 12 * part, 4 * part, 4 * max(own))
 
 
-def memory_table(model: nn.Module, ranks: Sequence[int], precision: str) -> str:
+def memory_table(model: nn.Module, ranks: Sequence[int]) -> str:
     """Return a table of GiB per rank: every stage on every number of ranks."""
     head = ("ranks", "stage", "weights", "gradients", "optimizer", "EMA", "gather", "GPU", "host")
     rows: list[tuple[str, ...]] = [head]
     for num_ranks in ranks:
         for stage in STAGES:
             offload = "offload" in stage
-            memory = rank_memory(model, int(stage[0]), num_ranks, precision, offload=offload)
+            memory = rank_memory(model, int(stage[0]), num_ranks, offload=offload)
             gpu = memory.gather if offload else memory.total
             host = memory.total - gpu
             values = [f"{value / GIB:.2f}" for value in (*memory, gpu, host)]
             rows.append((str(num_ranks), stage, *values))
     lines = ["  ".join(f"{cell:>9}" for cell in row) for row in rows]
-    title = f"memory per rank in GiB ({precision} under ZeRO), without activations:"
-    return "\n".join([title, *lines])
+    return "\n".join(["memory per rank in GiB, without activations:", *lines])

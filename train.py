@@ -6,9 +6,10 @@
 Running the same command again continues where the run stopped, bit for bit.
 """
 
-import contextlib
+import argparse
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,10 +19,31 @@ from torch.nn.utils import clip_grad_norm_
 
 from checkpoint import checkpoint_path, commit_checkpoint, load_checkpoint, save_checkpoint
 from common import process
+from common.errors import FileError, one_line_errors
+from reporter import draw_grid
 from resume import check_resumable, restore_rng
-from train_loop import Batch, draw_grid, launch, learning_rate, mean_losses, micro_loss
+from train_loop import (
+    Batch,
+    all_finite,
+    launch,
+    learning_rate,
+    mean_losses,
+    micro_loss,
+    require_loss_scale,
+    set_learning_rate,
+)
 from train_settings import build_parser
 from train_utils import Ema, Job, compile_blocks
+
+
+@contextmanager
+def ddp_sync(wrapped: nn.Module, enabled: bool) -> Iterator[None]:
+    """Let the backward passes of the body average gradients over ranks, or only add them up."""
+    if enabled or not isinstance(wrapped, DistributedDataParallel):
+        yield
+    else:
+        with wrapped.no_sync():
+            yield
 
 
 class DdpTrainer:
@@ -29,7 +51,7 @@ class DdpTrainer:
 
     def __init__(self, job: Job) -> None:
         self.job, self.settings, self.rt = job, job.settings, job.rt
-        self.step = 0
+        self.step = self.skipped = 0
         self.model = job.model.to(self.rt.device).train()
         self.ema = Ema(self.model, self.settings.ema_decay)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -61,31 +83,55 @@ class DdpTrainer:
         Returns:
             loss, aux_loss (per layer, 1.0 = even) and grad_norm, each ().
         """
-        dtype = process.DTYPES[self.settings.precision]
+        set_learning_rate(self.optimizer, learning_rate(self.settings, self.step))
         losses = []
         for i, batch in enumerate(batches):
-            last = i == self.settings.accum_steps - 1
-            skip_sync = self.rt.world_size > 1 and not last
-            with self.wrapped.no_sync() if skip_sync else contextlib.nullcontext():  # type: ignore[operator]
-                with torch.autocast(self.rt.device.type, dtype, enabled=dtype != torch.float32):
-                    losses.append(micro_loss(self.job, self.wrapped, batch))
+            with ddp_sync(self.wrapped, i == self.settings.accum_steps - 1):
+                losses.append(micro_loss(self.job, self.wrapped, batch))
                 self.scaler.scale(losses[-1].total / self.settings.accum_steps).backward()
         self.scaler.unscale_(self.optimizer)
         grad_norm = clip_grad_norm_(self.parameters, self.settings.clip_grad or float("inf"))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.settings, self.step)
         self.scaler.step(self.optimizer)
-        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update()
-        self.step += 1
+        if self._overflowed():
+            self.skipped += 1
+        else:
+            self.ema.update()
+            self.step += 1
         return {**mean_losses(losses), "grad_norm": grad_norm}
 
+    def _overflowed(self) -> bool:
+        """Update the loss scale, which an overflow halves; without one nothing is read."""
+        if not self.scaler.is_enabled():
+            return False
+        before = self.scaler.get_scale()
+        self.scaler.update()
+        after = self.scaler.get_scale()
+        require_loss_scale(after, self.step)
+        return after < before
+
+    def is_finite(self) -> bool:
+        """Tell whether all weights and averages are numbers."""
+        tensors = [*self.model.parameters(), *self.ema.model.parameters()]
+        return not process.any_rank(not all_finite(tensors), self.rt.device)
+
     def save(self) -> None:
-        """Write the checkpoint of this step, with every rank's RNG, then drop the oldest ones."""
+        """Write the checkpoint of this step, with every rank's RNG, then drop the oldest ones.
+
+        Raises:
+            FileError: on all ranks, if the main one could not write; the last one is untouched.
+        """
         rng = process.gather_on_main(process.rng_state())
-        if not self.rt.is_main:
-            return
+        error = None
+        if self.rt.is_main:
+            try:
+                self._write(rng)
+            except OSError as failure:
+                error = str(failure)
+        if error := process.from_main(error):
+            raise FileError(error)
+
+    def _write(self, rng: list[dict[str, Tensor]]) -> None:
         path = checkpoint_path(self.job.run_dir, self.step)
         save_checkpoint(
             path,
@@ -94,12 +140,17 @@ class DdpTrainer:
             model=self.model.state_dict(),
             ema=self.ema.model.state_dict(),
             optimizer=self.optimizer.state_dict(),
-            scaler=self.scaler.state_dict() if self.scaler.is_enabled() else None,
+            scaler=self._scaler_state(),
             step=self.step,
             rng=rng,
         )
         commit_checkpoint(path, self.settings.keep_last)
         logging.info("checkpoint: %s", path)
+
+    def _scaler_state(self) -> dict[str, float] | None:
+        if not self.scaler.is_enabled():
+            return None
+        return {**self.scaler.state_dict(), "skipped": self.skipped}
 
     def resume(self, path: Path) -> None:
         """Continue from a checkpoint of this model.
@@ -116,17 +167,22 @@ class DdpTrainer:
             group["weight_decay"] = self.settings.weight_decay
         if content["scaler"] is not None:
             self.scaler.load_state_dict(content["scaler"])
+            self.skipped = content["scaler"].get("skipped", 0)
         self.step = content["step"]
         rng = content["rng"]
         restore_rng(self.job, path, self.step, len(rng), rng.__getitem__)
         logging.info("resumed %s at step %d", path, self.step)
 
-    def draw(self) -> None:
-        """Draw the sample grid of this step on the main process, while the others wait."""
-        if self.rt.is_main:
-            draw_grid(self.ema.model, self.job, self.step)
-        process.barrier()
+    def draw(self) -> Path:
+        """Draw the sample grid of this step, every rank its part."""
+        return draw_grid(self.ema.model, self.job, self.step)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train."""
+    launch(args, DdpTrainer)
 
 
 if __name__ == "__main__":
-    launch(build_parser(__doc__).parse_args(), DdpTrainer)
+    with one_line_errors():
+        main(build_parser(__doc__).parse_args())

@@ -12,7 +12,6 @@ same command again continues where the run stopped, bit for bit on the same numb
 import argparse
 import logging
 import shutil
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,8 +20,10 @@ from torch import Tensor
 
 import zero
 from common import process
+from common.errors import FileError, UserError, one_line_errors
 from common.flags import FlagParser, number
 from memory import memory_table
+from reporter import draw_grid
 from resume import check_resumable, restore_rng
 from sharded import (
     ShardedCheckpoint,
@@ -32,11 +33,19 @@ from sharded import (
     write_share,
     write_state,
 )
-from train_loop import Batch, draw_grid, launch, learning_rate, mean_losses, micro_loss
+from train_loop import (
+    Batch,
+    all_finite,
+    launch,
+    learning_rate,
+    mean_losses,
+    micro_loss,
+    require_loss_scale,
+    set_learning_rate,
+)
 from train_settings import build_parser
 from train_utils import Job, compile_blocks, describe, initial_weights
-
-LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of the fp16 scaler
+from zero_config import engine_config, read_config, resolve_precision
 
 
 class DeepSpeedTrainer:
@@ -44,22 +53,19 @@ class DeepSpeedTrainer:
 
     def __init__(self, job: Job) -> None:
         self.job, self.settings, self.rt = job, job.settings, job.rt
-        self.step = 0
+        self.step = self.skipped = 0
         self.shapes = {name: p.shape for name, p in job.model.named_parameters()}
         self.trained = {name for name, p in job.model.named_parameters() if p.requires_grad}
         assert self.settings.deepspeed_config is not None  # its flag has a default
-        file = zero.read_config(self.settings.deepspeed_config)
-        config = zero.engine_config(self.settings, file)
+        config = engine_config(self.settings, read_config(self.settings.deepspeed_config))
         if self.settings.compile:
             compile_blocks(job.model)
-        self.engine, self.optimizer = zero.build_engine(
-            job.model, config, self.settings, self.rt.device
-        )
-        self.shards = zero.Shards(self.engine, self.rt)
+        self.engine = zero.build_engine(job.model, config, self.settings, self.rt)
+        self.optimizer = self.engine.optimizer
         for name, value in initial_weights(self.settings, self.shapes):
-            self.shards.fill(name, value)
-        self.shards.refresh()
-        self.ema = [shard.detach().clone() for shard in self.shards.flat]
+            self.engine.fill(name, value)
+        self.engine.refresh()
+        self.ema = [shard.detach().clone() for shard in self.engine.flat]
 
     def train_step(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
         """Make one optimizer step from `accum_steps` micro-batches, which the engine counts.
@@ -70,34 +76,46 @@ class DeepSpeedTrainer:
         Returns:
             loss, aux_loss (per layer, 1.0 = even) and grad_norm, each ().
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.settings, self.step)
+        set_learning_rate(self.optimizer, learning_rate(self.settings, self.step))
         losses = []
         for batch in batches:
-            losses.append(micro_loss(self.job, self.engine, batch))
-            self.engine.backward(losses[-1].total)
-            norm = self.shards.whole_grad_norm()
-            self.engine.step()
-        with torch.no_grad():  # each rank its own shards: ema += (1 - decay)(weights - ema)
-            torch._foreach_lerp_(self.ema, self.shards.flat, 1 - self.settings.ema_decay)
-        self.step += 1
-        norm = self.engine.get_global_grad_norm() if norm is None else norm
+            losses.append(micro_loss(self.job, self.engine.wrapped, batch))
+            self.engine.accumulate(losses[-1].total)
+        if self._overflowed():
+            self.skipped += 1
+        else:
+            with torch.no_grad():  # each rank its own shards: ema += (1 - decay)(weights - ema)
+                torch._foreach_lerp_(self.ema, self.engine.flat, 1 - self.settings.ema_decay)
+            self.step += 1
+        norm = self.engine.grad_norm()
         grad_norm = torch.as_tensor(norm, dtype=torch.float32, device=self.rt.device)
         return {**mean_losses(losses), "grad_norm": grad_norm}
+
+    def _overflowed(self) -> bool:
+        """Tell whether a gradient overflowed float16; of other formats it is the model's end."""
+        if self.engine.scaler is None:
+            return False
+        require_loss_scale(self.engine.loss_scale, self.step)
+        return self.engine.was_skipped()
+
+    def is_finite(self) -> bool:
+        """Tell whether all weights and averages are numbers."""
+        return not process.any_rank(
+            not (all_finite(self.engine.flat) and all_finite(self.ema)), self.rt.device
+        )
 
     def save(self) -> None:
         """Write the checkpoint of this step, every rank its share, then drop the oldest ones.
 
         Raises:
-            OSError: on all ranks, if one could not write; the last checkpoint is untouched.
+            FileError: on all ranks, if one could not write; the last checkpoint is untouched.
         """
         partial = partial_folder(self.job.run_dir, self.step)
-        flat = {"model": self.shards.flat, "ema": self.ema} | {
-            kind: [self.optimizer.state[shard][kind] for shard in self.shards.flat]
-            for kind in ("exp_avg", "exp_avg_sq")
+        flat = {"model": self.engine.flat, "ema": self.ema} | {
+            kind: self.engine.moments(kind) for kind in ("exp_avg", "exp_avg_sq")
         }
-        kinds = {kind: self.shards.fragments(tensors) for kind, tensors in flat.items()}
-        if self.shards.is_replica:
+        kinds = {kind: self.engine.fragments(tensors) for kind, tensors in flat.items()}
+        if self.engine.is_replica:
             kinds = {}
         error = None
         try:
@@ -111,23 +129,22 @@ class DeepSpeedTrainer:
             if self.rt.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             last = latest_sharded(self.job.run_dir)
-            raise OSError(f"{errors[0]}; the last whole checkpoint is {last}, free some space")
+            raise FileError(f"{errors[0]}; the last whole checkpoint is {last}, free some space")
         if self.rt.is_main:
             logging.info("checkpoint: %s", commit(partial, self.settings.keep_last))
         process.barrier()
 
     def _state(self) -> dict:
         """Return what is the same on all ranks."""
-        scaler = getattr(self.engine.optimizer, "loss_scaler", None)
-        scale = {key: getattr(scaler, key) for key in LOSS_SCALE if hasattr(scaler, key)}
         return {
             "config": self.job.model.config.to_dict(),
             "settings": self.settings.to_dict(),
             "shapes": {name: list(self.shapes[name]) for name in sorted(self.trained)},
             "num_ranks": self.rt.world_size,
             "step": self.step,
-            "adam_step": float(self.optimizer.state[self.shards.flat[0]]["step"]),
-            "loss_scale": scale,
+            "skipped": self.skipped,
+            "adam_step": self.engine.adam_step(),
+            "loss_scale": self.engine.scale_state(),
         }
 
     def resume(self, path: Path) -> None:
@@ -137,38 +154,29 @@ class DeepSpeedTrainer:
             ValueError: if it is damaged, of another model, or of train.py.
         """
         if not (path / "state.json").is_file():
-            raise ValueError(
+            raise UserError(
                 f"--resume: {path} is no sharded checkpoint; give another --run-name, and "
                 "--init-from to start from its weights"
             )
         checkpoint = ShardedCheckpoint(path)
         state = checkpoint.state
         check_resumable(self.job, path, state["config"], state["settings"])
-        moments = {"exp_avg": self.shards.zeros(), "exp_avg_sq": self.shards.zeros()}
-        flat = {"model": self.shards.flat, "ema": self.ema, **moments}
+        moments = {kind: self.engine.moments(kind) for kind in ("exp_avg", "exp_avg_sq")}
+        flat = {"model": self.engine.flat, "ema": self.ema, **moments}
         for kind, tensors in flat.items():
-            for name, start, piece in self.shards.fragments(tensors):
+            for name, start, piece in self.engine.fragments(tensors):
                 piece.copy_(checkpoint.read(kind, name, start, piece.numel()))
-        self.shards.refresh()
-        for i, shard in enumerate(self.shards.flat):
-            self.optimizer.state[shard] = {
-                "step": torch.tensor(state["adam_step"], device=shard.device),
-                **{kind: tensors[i] for kind, tensors in moments.items()},
-            }
-        scaler = getattr(self.engine.optimizer, "loss_scaler", None)
-        # Only fp16 has a scale to continue; other precisions save a constant, or have no scaler.
-        if getattr(scaler, "dynamic", False) and "cur_iter" in state["loss_scale"]:
-            for key, value in state["loss_scale"].items():
-                setattr(scaler, key, value)
-        self.step = state["step"]
+        self.engine.refresh()
+        self.engine.set_adam(state["adam_step"], moments)
+        self.engine.load_scale_state(state["loss_scale"])
+        self.step, self.skipped = state["step"], state.get("skipped", 0)
         restore_rng(self.job, path, self.step, state["num_ranks"], checkpoint.rng)
         logging.info("resumed %s at step %d", path, self.step)
 
-    def draw(self) -> None:
+    def draw(self) -> Path:
         """Draw the sample grid of this step with the averaged weights, all ranks together."""
-        with self.shards.swapped(self.ema) as model:
-            draw_grid(model, self.job, self.step)
-        process.barrier()
+        with self.engine.swapped(self.ema) as model:
+            return draw_grid(model, self.job, self.step)
 
 
 def build_deepspeed_parser() -> FlagParser:
@@ -200,20 +208,24 @@ def build_deepspeed_parser() -> FlagParser:
 def plan(job: Job, ranks: list[int] | None) -> str:
     """Return what `--dry-run` prints: settings, then the memory of each stage."""
     ranks = ranks or ([job.rt.world_size] if job.rt.world_size > 1 else [8, 16, 64])
-    return f"{describe(job)}\n\n{memory_table(job.model, ranks, job.settings.precision)}"
+    return f"{describe(job)}\n\n{memory_table(job.model, ranks)}"
 
 
 def main(args: argparse.Namespace) -> None:
     """Train, or plan."""
-    try:
-        wanted = zero.resolve_precision(args, zero.read_config(args.deepspeed_config))
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"train_deepspeed.py: error: {error}")
+    wanted, precision = resolve_precision(args, read_config(args.deepspeed_config))
     rt = zero.join()
-    if rt.is_main and args.precision != wanted:
-        print(f"{wanted} is not native on this hardware: training in {args.precision}")
-    launch(args, DeepSpeedTrainer, meta=True, plan=lambda job: plan(job, args.plan_ranks))
+    if rt.is_main and precision != wanted:
+        print(f"{wanted} is not native on this hardware: training in {precision}")
+    launch(
+        args,
+        DeepSpeedTrainer,
+        meta=True,
+        precision=precision,
+        plan=lambda job: plan(job, args.plan_ranks),
+    )
 
 
 if __name__ == "__main__":
-    main(build_deepspeed_parser().parse_args())
+    with one_line_errors():
+        main(build_deepspeed_parser().parse_args())

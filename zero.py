@@ -1,18 +1,20 @@
-"""DeepSpeed's engine from the inside: its configuration, and the shards that ZeRO makes of a model.
+"""DeepSpeed's engine from the inside: how it steps, and the shards that ZeRO makes of a model.
 
-In order: `read_config` and `engine_config` (a file plus the flags), `join` (the process group),
-`build_engine` (a meta model to an engine whose weights are still to be filled in), and `Shards`,
-the one place that knows where each ZeRO stage keeps this rank's part of which parameter.
+In order: `join` (the process group), `build_engine` (a meta model to an engine whose weights are
+still to be filled in), and `Engine`, one class a ZeRO stage: how it makes a step, and where it
+keeps this rank's part of which parameter. The settings are made in zero_config.py.
+
+Weights are float32 at every stage and half precision is autocast, as in train.py: router, position
+table, embeddings and norms are never rounded. Stage 3 sends the weights of matmuls, and their
+gradients, in half; autocast would round the weights next.
 """
 
-import argparse
-import json
 import os
 import socket
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -24,112 +26,35 @@ from common.quiet import silence_accelerator
 from models import DiT
 from sharded import Fragment
 from train_settings import TrainSettings
+from zero_config import zero_stage
 
 silence_accelerator()
 import deepspeed  # noqa: E402
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler  # noqa: E402
 
-# What the flags own, by its name in a DeepSpeed file.
-OWNED_BY_FLAGS = {
-    "train_batch_size": "global_batch_size",
-    "train_micro_batch_size_per_gpu": "micro_batch_size",
-    "gradient_accumulation_steps": "accum_steps",
-    "gradient_clipping": "clip_grad",
+# What DeepSpeed does not promise to keep, by the object that has it. A test takes each from a real
+# engine, so that an upgrade that removes one fails by its name.
+PRIVATE_NAMES = {
+    "deepspeed.ops": ("__compatible_ops__",),
+    "engine at stage 0": ("torch_autocast_z0_gradscaler",),
+    "optimizer of stages 1 to 3": ("torch_autocast_gradscaler", "loss_scaler"),
+    "optimizer of stages 1 and 2": ("single_partition_of_fp32_groups", "update_lp_params"),
+    "parameter of stages 1 and 2": ("_hp_mapping",),
+    "_hp_mapping": ("param_group_index", "hp_fragment_address", "lp_fragment_address"),
+    "optimizer of stage 3": (
+        *("fp16_groups", "fp32_partitioned_groups_flat", "persistent_parameters"),
+        *("_partition_all_parameters", "_reassign_or_swap_out_partitioned_parameters"),
+    ),
+    "parameter of stage 3": ("partition_numel", "ds_numel", "all_gather"),
+    "DynamicLossScaler": ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"),
+}
+
+# As torch's GradScaler, which train.py has: halved by every overflow; below 1 the run is given up.
+LOSS_SCALE: dict[str, Any] = {
+    **{"init_scale": 2**16, "scale_window": 2000, "min_scale": 0.25, "delayed_shift": 1},
+    **{"consecutive_hysteresis": False, "raise_error_at_min_scale": False},
 }
 SWAP_CHUNK = 2**24  # elements moved at a time when two sets of shards change places
-
-
-# ---------------------------------------------------------------- configuration
-
-
-def read_config(path: str | Path) -> dict[str, Any]:
-    """Read a DeepSpeed file: ZeRO and precision only.
-
-    Raises:
-        FileNotFoundError, ValueError: naming what is wrong with the file and what to do.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--deepspeed-config {path}: no such file")
-    try:
-        config = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--deepspeed-config {path} is no JSON: {error}") from error
-    for section in ("optimizer", "scheduler"):
-        if section in config:
-            raise ValueError(
-                f"--deepspeed-config {path} has {section!r}, but the flags own the optimizer and "
-                "its rate: remove it and give --lr, --warmup-steps, --weight-decay"
-            )
-    zero = config.get("zero_optimization", {})
-    for section in ("offload_optimizer", "offload_param"):
-        if (device := zero.get(section, {}).get("device", "none")) not in ("none", "cpu"):
-            raise ValueError(f"--deepspeed-config {path}: {section} to {device!r}, only to 'cpu'")
-    return config
-
-
-def zero_stage(config: Mapping[str, Any]) -> int:
-    """Return the ZeRO stage of a configuration, 0 without ZeRO."""
-    return config.get("zero_optimization", {}).get("stage", 0)
-
-
-def resolve_precision(args: argparse.Namespace, config: Mapping[str, Any]) -> str:
-    """Set `args.precision` to the file's or the flag's, or to what this hardware has instead.
-
-    Returns:
-        The precision that was asked for.
-
-    Raises:
-        ValueError: if file and flag contradict each other.
-    """
-    device = process.pick_device()
-    enabled = [name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled") is True]
-    wanted = enabled[0] if enabled else args.precision or process.default_precision(device)
-    if enabled and args.precision not in (None, wanted):
-        raise ValueError(
-            f"--precision {args.precision}, but --deepspeed-config {args.deepspeed_config} enables "
-            f"{enabled[0]}: drop the flag or that section of the file"
-        )
-    args.precision = wanted
-    if wanted == "bf16" and not process.has_fast_bf16(device):
-        args.precision = "fp16" if device.type == "cuda" else "fp32"
-    elif wanted == "fp16" and device.type == "cpu":  # DeepSpeed has none there
-        args.precision = process.default_precision(device)
-    return wanted
-
-
-def engine_config(args: TrainSettings, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Complete a file with what the flags own.
-
-    Raises:
-        ValueError: if the file has another value for one of them, or stage and precision don't fit.
-    """
-    for key, name in OWNED_BY_FLAGS.items():
-        value, ours = config.get(key, "auto"), getattr(args, name)
-        if value not in ("auto", ours):
-            raise ValueError(
-                f"--deepspeed-config {args.deepspeed_config} has {key} {value}, but "
-                f"--{name.replace('_', '-')} is {ours}: remove it from the file"
-            )
-    stage = zero_stage(config)
-    if stage == 0 and args.precision != "fp32":
-        raise ValueError(
-            f"--deepspeed-config {args.deepspeed_config}: stage 0 with {args.precision} is not "
-            "supported, take stage 1 or --precision fp32"
-        )
-    if stage == 3 and args.compile:
-        raise ValueError("--compile does not work with ZeRO stage 3: drop it or take stage 2")
-    complete = {
-        **config,
-        **{key: getattr(args, name) for key, name in OWNED_BY_FLAGS.items()},
-        # Always clipped, if only at infinity: the engine computes the norm, a curve, on the way.
-        "gradient_clipping": args.clip_grad or float("inf"),
-        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW, on the CPU too
-        "steps_per_print": 10**12,
-    }
-    for name in ("bf16", "fp16"):
-        complete[name] = {**config.get(name, {}), "enabled": name == args.precision}
-    if args.precision == "fp32":
-        complete.pop("data_types", None)
-    return complete
 
 
 # ---------------------------------------------------------------- engine
@@ -167,30 +92,24 @@ def partition(model: DiT, config: dict[str, Any], device: torch.device) -> None:
 
 
 def build_engine(
-    model: DiT, config: dict[str, Any], args: TrainSettings, device: torch.device
-) -> tuple[Any, torch.optim.AdamW]:
-    """Wrap a meta model; its weights are whatever the memory held, see `Shards.fill`.
-
-    Returns:
-        The engine, and the torch optimizer inside it.
-    """
-    model.to(process.DTYPES[args.precision])
+    model: DiT, config: dict[str, Any], settings: TrainSettings, rt: Runtime
+) -> "Engine":
+    """Wrap a meta model; its weights are whatever the memory held, see `Engine.fill`."""
     if zero_stage(config) == 3:
-        partition(model, config, device)
+        partition(model, config, rt.device)
     else:
-        model.to_empty(device=device)
+        model.to_empty(device=rt.device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        trained, lr=settings.lr, weight_decay=settings.weight_decay, fused=True
+    )
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=config, dist_init_required=False
     )
-    return engine, optimizer
+    return STAGES[zero_stage(config)](engine, optimizer, rt, fp16=settings.precision == "fp16")
 
 
-# ---------------------------------------------------------------- shards
-
-
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """Where a piece of a parameter is: flat[shard][offset : offset + numel]."""
 
     shard: int
@@ -199,48 +118,101 @@ class _Place(NamedTuple):
     numel: int
 
 
-class Shards:
-    """This rank's part of the trained parameters in float32, however the stage cuts them.
+class Engine(ABC):
+    """DeepSpeed's engine, and this rank's part of the trained parameters in float32.
 
     Attributes:
-        flat: the tensors that the optimizer updates; at stage 0 the whole parameters.
+        wrapped: the module to train through.
+        optimizer: torch's, inside the engine.
+        flat: the tensors that it updates.
         is_replica: another rank holds, and saves, the same.
+        scaler: of the loss in float16, else None.
     """
 
-    def __init__(self, engine: Any, rt: Runtime) -> None:
-        self._engine, self._zero = engine, engine.optimizer
-        self._stage = engine.zero_optimization_stage()
-        # At stage 0 all ranks hold all, and one of them is enough on disk.
-        self.is_replica = self._stage == 0 and not rt.is_main
-        trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
-        self.flat: list[Tensor]
-        if self._stage == 3:
-            self.flat = self._zero.fp32_partitioned_groups_flat
-            places = _places_of_stage_3(self._zero.fp16_groups, rt.rank)
-            self._places = {name: places[p] for name, p in trained.items() if p in places}
-        elif self._stage == 0:
-            self.flat = list(trained.values())
-            pairs = enumerate(trained.items())
-            self._places = {name: _Place(i, 0, 0, p.numel()) for i, (name, p) in pairs}
-        else:
-            self.flat = (
-                getattr(self._zero, "single_partition_of_fp32_groups", None)
-                or self._zero.fp32_groups_flat_partition
-            )  # stage 1 in bf16 has its own optimizer
-            maps = {n: p._hp_mapping for n, p in trained.items() if p._hp_mapping is not None}
-            self._places = {
-                name: _Place(
-                    part.param_group_index,
-                    part.hp_fragment_address.start,
-                    part.lp_fragment_address.start,
-                    part.hp_fragment_address.numel,
-                )
-                for name, part in maps.items()
-            }
+    wrapped: Any
+    flat: list[Tensor]
+    is_replica = False
+    scaler: Any = None
 
-    def zeros(self) -> list[Tensor]:
-        """Return tensors like `flat`, zeroed."""
-        return [torch.zeros_like(shard, requires_grad=False) for shard in self.flat]
+    def __init__(
+        self, wrapped: Any, optimizer: torch.optim.AdamW, rt: Runtime, *, fp16: bool
+    ) -> None:
+        self.wrapped, self.optimizer, self._zero = wrapped, optimizer, wrapped.optimizer
+        trained = {n: p for n, p in wrapped.module.named_parameters() if p.requires_grad}
+        self.flat, self._places = self._lay_out(trained, rt)
+        self._scale_losses(fp16)
+
+    # -- what a stage decides
+
+    @abstractmethod
+    def _lay_out(
+        self, trained: dict[str, nn.Parameter], rt: Runtime
+    ) -> tuple[list[Tensor], dict[str, Place]]:
+        """Return `flat`, and where in it this rank's pieces of which parameters are."""
+
+    @abstractmethod
+    def refresh(self) -> None:
+        """Bring the weights that the model computes with up to date with `flat`."""
+
+    def _scale_losses(self, fp16: bool) -> None:
+        """Replace the loss scaler that autocast to float16 gets here.
+
+        Each rank's would look for overflows in its own shards alone, and never lower its scale.
+        """
+        self._zero.torch_autocast_gradscaler = None
+        if fp16:
+            self.scaler = self._zero.loss_scaler = DynamicLossScaler(**LOSS_SCALE)
+
+    def accumulate(self, loss: Tensor) -> None:
+        """Run a micro-batch's backward pass; the last one of a step, which it counts, updates."""
+        self.wrapped.backward(loss)
+        self.wrapped.step()
+
+    @property
+    def loss_scale(self) -> float:
+        """What losses are multiplied with in float16, else 1."""
+        return 1.0 if self.scaler is None else self.scaler.loss_scale
+
+    def grad_norm(self) -> Tensor | float:
+        """Return the norm of the last step's gradient, before it was clipped."""
+        return self.wrapped.get_global_grad_norm()
+
+    def was_skipped(self) -> bool:
+        """Tell whether the last step's gradient was not finite, so that nothing was updated."""
+        return not self.wrapped.was_step_applied()
+
+    def scale_state(self) -> dict[str, float]:
+        """Return the state of the loss scaler, plain values; empty without one."""
+        names = PRIVATE_NAMES["DynamicLossScaler"]
+        return {} if self.scaler is None else {name: getattr(self.scaler, name) for name in names}
+
+    def load_scale_state(self, state: Mapping[str, float]) -> None:
+        """Restore what `scale_state` returned, if that was a dynamic scale and is needed."""
+        if self.scaler is not None and "cur_iter" in state:
+            for name in PRIVATE_NAMES["DynamicLossScaler"]:
+                setattr(self.scaler, name, state[name])
+
+    # -- what is the same for all
+
+    def moments(self, kind: str) -> list[Tensor]:
+        """Return Adam's "exp_avg" or "exp_avg_sq", tensors like `flat`; zeros before a step."""
+        states = [self.optimizer.state.get(shard, {}) for shard in self.flat]
+        return [
+            state[kind] if kind in state else torch.zeros_like(shard, requires_grad=False)
+            for shard, state in zip(self.flat, states, strict=True)
+        ]
+
+    def adam_step(self) -> float:
+        """Return how many steps Adam has counted, for its bias correction."""
+        return float(self.optimizer.state.get(self.flat[0], {}).get("step", 0))
+
+    def set_adam(self, step: float, moments: Mapping[str, list[Tensor]]) -> None:
+        """Let Adam continue from a step with its moments, by kind, tensors like `flat`."""
+        for i, shard in enumerate(self.flat):
+            self.optimizer.state[shard] = {
+                "step": torch.tensor(step, device=shard.device),
+                **{kind: tensors[i] for kind, tensors in moments.items()},
+            }
 
     def fragments(self, flat: list[Tensor]) -> Iterator[Fragment]:
         """Cut tensors like `flat` into this rank's named pieces, to save or restore."""
@@ -255,32 +227,19 @@ class Shards:
             name: of a trained or frozen parameter.
             value: of its whole shape, the same on all ranks; frozen ones are filled together.
         """
-        parameter = self._engine.module.get_parameter(name)
+        parameter = self.wrapped.module.get_parameter(name)
         if not parameter.requires_grad:
-            with deepspeed.zero.GatheredParameters([parameter], 0, enabled=self._stage == 3):
+            with self._whole(parameter):
                 parameter.data.copy_(value)
         elif name in self._places:
             shard, offset, start, numel = self._places[name]
             piece = value.view(-1)[start : start + numel]
             self.flat[shard].detach().view(-1)[offset : offset + numel].copy_(piece)
 
-    def whole_grad_norm(self) -> Tensor | None:
-        """Return the gradient's norm before a step at stage 0, where the engine keeps none."""
-        if self._stage > 0:
-            return None
-        return nn.utils.get_total_norm([p.grad for p in self.flat if p.grad is not None])
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Bring the weights that the model computes with up to date with `flat`."""
-        if self._stage in (1, 2):
-            self._zero.update_lp_params()
-        elif self._stage == 3:
-            self._zero._partition_all_parameters()
-            for group in range(len(self.flat)):
-                self._zero._reassign_or_swap_out_partitioned_parameters(group)
-            if kept := self._zero.persistent_parameters:
-                kept[0].all_gather(kept)
+    @contextmanager
+    def _whole(self, parameter: nn.Parameter) -> Iterator[None]:
+        """Have a frozen parameter whole, to be written."""
+        yield
 
     @contextmanager
     def swapped(self, other: list[Tensor]) -> Iterator[nn.Module]:
@@ -289,11 +248,11 @@ class Shards:
         Collective under ZeRO, and so is every forward of the model.
         """
         self._swap(other)
-        self._engine.eval()
+        self.wrapped.eval()
         try:
-            yield self._engine.module
+            yield self.wrapped.module
         finally:
-            self._engine.train()
+            self.wrapped.train()
             self._swap(other)
 
     @torch.no_grad()
@@ -309,16 +268,110 @@ class Shards:
         self.refresh()
 
 
-def _places_of_stage_3(groups: list[list[Any]], rank: int) -> dict[nn.Parameter, _Place]:
-    """Find the pieces: each parameter is cut evenly over the ranks, the last one is padded."""
-    places = {}
-    for shard, group in enumerate(groups):
-        offset = 0
-        for parameter in group:
-            size = parameter.partition_numel()
-            start = min(rank * size, parameter.ds_numel)
-            numel = min(size, parameter.ds_numel - start)
-            if numel:
-                places[parameter] = _Place(shard, offset, start, numel)
-            offset += size
-    return places
+class WholeEngine(Engine):
+    """Stage 0: every rank holds, and updates, all; one of them is enough on disk."""
+
+    def _lay_out(
+        self, trained: dict[str, nn.Parameter], rt: Runtime
+    ) -> tuple[list[Tensor], dict[str, Place]]:
+        self.is_replica = not rt.is_main
+        places = {name: Place(i, 0, 0, p.numel()) for i, (name, p) in enumerate(trained.items())}
+        return list(trained.values()), places
+
+    def _scale_losses(self, fp16: bool) -> None:
+        self.scaler = self.wrapped.torch_autocast_z0_gradscaler  # torch's; None but in float16
+        self._scale = self.loss_scale
+
+    @property
+    def loss_scale(self) -> float:
+        """What losses are multiplied with in float16, else 1."""
+        return 1.0 if self.scaler is None else self.scaler.get_scale()
+
+    def accumulate(self, loss: Tensor) -> None:
+        """Run a micro-batch's backward pass; the engine keeps no norm here, so we compute it."""
+        self._scale = self.loss_scale
+        self.wrapped.backward(loss)
+        gradients = [p.grad for p in self.flat if p.grad is not None]
+        self._norm = nn.utils.get_total_norm(gradients) / self._scale
+        self.wrapped.step()
+
+    def grad_norm(self) -> Tensor:
+        """Return the norm of the last step's gradient, before it was clipped."""
+        return self._norm
+
+    def was_skipped(self) -> bool:
+        """Tell whether the last step's gradient was not finite, so that nothing was updated."""
+        return self.loss_scale < self._scale
+
+    def scale_state(self) -> dict[str, float]:
+        """Return the state of the loss scaler, plain values; empty without one."""
+        return {} if self.scaler is None else self.scaler.state_dict()
+
+    def load_scale_state(self, state: Mapping[str, float]) -> None:
+        """Restore what `scale_state` returned; of other stages' scalers, the scale."""
+        if self.scaler is not None and (scale := state.get("scale", state.get("cur_scale"))):
+            self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": scale})
+
+    def refresh(self) -> None:
+        """Do nothing: the model computes with `flat`."""
+
+
+class FlatEngine(Engine):
+    """Stages 1 and 2: each parameter group is one flat tensor, cut evenly over the ranks."""
+
+    def _lay_out(
+        self, trained: dict[str, nn.Parameter], rt: Runtime
+    ) -> tuple[list[Tensor], dict[str, Place]]:
+        parts = {name: getattr(p, "_hp_mapping") for name, p in trained.items()}  # noqa: B009
+        places = {
+            name: Place(
+                part.param_group_index,
+                part.hp_fragment_address.start,
+                part.lp_fragment_address.start,
+                part.hp_fragment_address.numel,
+            )
+            for name, part in parts.items()
+            if part is not None  # it is another rank's
+        }
+        return self._zero.single_partition_of_fp32_groups, places
+
+    def refresh(self) -> None:
+        """Copy `flat` of all ranks to the weights."""
+        self._zero.update_lp_params()
+
+
+class CutEngine(Engine):
+    """Stage 3: every parameter is cut evenly over the ranks, the last part padded."""
+
+    def _lay_out(
+        self, trained: dict[str, nn.Parameter], rt: Runtime
+    ) -> tuple[list[Tensor], dict[str, Place]]:
+        names = {parameter: name for name, parameter in trained.items()}
+        places = {}
+        for shard, group in enumerate(self._zero.fp16_groups):
+            offset = 0
+            for parameter in group:
+                size = parameter.partition_numel()
+                start = min(rt.rank * size, parameter.ds_numel)
+                numel = min(size, parameter.ds_numel - start)
+                if numel:
+                    places[names[parameter]] = Place(shard, offset, start, numel)
+                offset += size
+        return self._zero.fp32_partitioned_groups_flat, places
+
+    @contextmanager
+    def _whole(self, parameter: nn.Parameter) -> Iterator[None]:
+        with deepspeed.zero.GatheredParameters([parameter], 0):
+            yield
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copy `flat` to the cut weights, and gather those that stay whole."""
+        self._zero._partition_all_parameters()
+        for group in range(len(self.flat)):
+            self._zero._reassign_or_swap_out_partitioned_parameters(group)
+        if kept := self._zero.persistent_parameters:
+            kept[0].all_gather(kept)
+
+
+STAGES: dict[int, type[Engine]] = {0: WholeEngine, 1: FlatEngine, 2: FlatEngine, 3: CutEngine}

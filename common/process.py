@@ -5,6 +5,7 @@ One process (`python train.py`), many (`torchrun`), CPU (gloo) or GPU (nccl): th
 
 import ctypes
 import os
+import signal
 import sys
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -25,8 +26,8 @@ DTYPES = {
 }
 
 
-# How long a rank waits for the others where they meet seldom: torch's 10 minutes (nccl) or 30
-# (gloo) are less than a batch of samples or a shard of latents can take.
+# How long a rank waits for the others: torch's 10 minutes (nccl) or 30 (gloo) are less than a batch
+# of samples, a shard of latents or a checkpoint of many GB can take.
 LONG_WAIT = timedelta(days=1)
 
 
@@ -44,25 +45,30 @@ class Runtime(NamedTuple):
 
 
 def pick_device() -> torch.device:
-    """Return this process's GPU if there is one, else the CPU."""
+    """Return this process's GPU if there is one, else the CPU; every script comes by here.
+
+    On a GPU "fp32" means that matmuls and convolutions round their inputs to TF32 (10 bits), in
+    training and afterwards; what needs all of float32, as the router, asks for it itself.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
-def setup(wait: timedelta | None = None) -> Runtime:
+def setup(wait: timedelta = LONG_WAIT) -> Runtime:
     """Pick the device, tune its allocator and, under torchrun, join the process group.
 
     Args:
-        wait: how long a rank waits for the others, torch's default if absent.
+        wait: how long a rank waits for the others.
     """
+    end_with_launcher()
     device = pick_device()
     if device.type == "cpu":
         keep_freed_memory(True)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
     if "RANK" not in os.environ:
         return Runtime(0, 1, device)
     if not dist.is_initialized():
@@ -93,21 +99,39 @@ def keep_freed_memory(keep: bool) -> None:
         mallopt(mmap_threshold, size)
 
 
-def finish() -> None:
+def end_with_launcher() -> None:
+    """Let the kernel end this process when the launcher that started it is gone (Linux).
+
+    A killed launcher would leave ranks that nobody can stop, in the folder of the next attempt.
+    """
+    launched = "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ  # or DeepSpeed's
+    if sys.platform != "linux" or not launched:
+        return
+    launcher, set_parent_death_signal = os.getppid(), 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != launcher:  # it went just now
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def finish(code: int = 0) -> None:
     """Leave the process group after all work is done; under gloo this ends the process.
 
     gloo's threads abort some runs at interpreter exit ("terminate called without an active
     exception"), so the exit hooks are skipped there.
+
+    Args:
+        code: of the exit; other than 0 it ends the process in any case.
     """
-    if not dist.is_initialized():
-        return
-    gloo = dist.get_backend() == "gloo"
-    dist.barrier()
-    dist.destroy_process_group()
-    if gloo:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+    if dist.is_initialized():
+        gloo = dist.get_backend() == "gloo"
+        dist.barrier()
+        dist.destroy_process_group()
+        if gloo:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
@@ -115,6 +139,11 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(value)
     return value
+
+
+def any_rank(value: bool, device: torch.device) -> bool:
+    """Tell whether it is so on any rank."""
+    return bool(sum_over_ranks(torch.full((), int(value), device=device)))
 
 
 def barrier() -> None:

@@ -16,6 +16,8 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT="${MASTER_PORT:-29500}" NNODES="$SLURM_NNODES" GPUS=8
 export DATA="${DATA:?set DATA to the folder of training images, one folder a class}"
+# srun does not inherit --cpus-per-task (since 22.05): a node's ranks would share one core.
+export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
 
 # shellcheck disable=SC2016  # SLURM_NODEID differs from node to node
 srun --kill-on-bad-exit=1 bash -c 'NODE_RANK=$SLURM_NODEID bash scripts/train_g_zero3.sh "$@"' \

@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=2 tests/big_model_worker.py FOLDER
 
 Both ranks share one machine's memory, about 18 GiB of it. So FOLDER gets an engine file, which is
-config/zero3.json with gradients accumulated in bfloat16 and small buckets, and the EMA, mapped.
+config/zero3.json with small buckets, and the EMA, mapped.
 """
 
 import json
@@ -31,7 +31,6 @@ def main(folder: Path) -> None:
     """Build, step and write `FOLDER/RANK.json`."""
     Path("/proc/self/oom_score_adj").write_text("1000")  # rather this than anybody else
     config = json.loads((REPO / "config/zero3.json").read_text())
-    del config["data_types"]
     small = [
         *("reduce_bucket_size", "sub_group_size", "stage3_prefetch_bucket_size"),
         *("stage3_max_live_parameters", "stage3_max_reuse_distance"),

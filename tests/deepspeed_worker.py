@@ -19,14 +19,16 @@ from torch import Tensor, nn
 from train_worker import FLAGS, NUM_UPDATES, State, global_batch, micro_batches
 
 import zero
-from checkpoint import save_safetensors
+from checkpoint import latest_checkpoint, save_safetensors
 from common import process
 from memory import rank_memory
+from models import Routing
 from routing import LoadCounter
 from train import DdpTrainer
 from train_deepspeed import DeepSpeedTrainer, build_deepspeed_parser
 from train_settings import build_parser
 from train_utils import build_model, initial_weights, prepare
+from zero_config import zero_stage
 
 CASES = ("stage 0", "stage 2", "stage 3", "stage 3 + offload")
 FILES = {"stage 2": "zero2", "stage 3": "zero3", "stage 3 + offload": "zero3_offload"}
@@ -38,7 +40,7 @@ def engine_file(case: str, folder: Path) -> str:
     config: dict[str, Any] = {"zero_optimization": {"stage": 0}}
     if case in FILES:
         config = json.loads((REPO / f"config/{FILES[case]}.json").read_text())
-        del config["bf16"]
+        del config["torch_autocast"]
         config["zero_optimization"]["reduce_bucket_size"] = 1_000_000
         if "3" in case:
             config["zero_optimization"]["stage3_param_persistence_threshold"] = PERSISTENT
@@ -47,7 +49,7 @@ def engine_file(case: str, folder: Path) -> str:
     return str(path)
 
 
-def make_trainer(case: str | None, *flags: str) -> DdpTrainer | DeepSpeedTrainer:
+def make_trainer(case: str | None, *flags: str, std: float = 0.1) -> DdpTrainer | DeepSpeedTrainer:
     """Build a trainer (None: train.py's) with the random weights of the DDP tests."""
     given = [*FLAGS, "--global-batch-size", "8", "--lr", "0.001", "--ema-decay", "0.9", *flags]
     if case is not None:
@@ -56,7 +58,7 @@ def make_trainer(case: str | None, *flags: str) -> DdpTrainer | DeepSpeedTrainer
     job = prepare(args, meta=case is not None)
     generator = torch.Generator().manual_seed(1)
     weights = {
-        name: nn.init.normal_(torch.empty(parameter.shape), std=0.1, generator=generator)
+        name: nn.init.normal_(torch.empty(parameter.shape), std=std, generator=generator)
         for name, parameter in job.model.named_parameters()
     }
     if case is None:
@@ -65,17 +67,17 @@ def make_trainer(case: str | None, *flags: str) -> DdpTrainer | DeepSpeedTrainer
     else:
         trainer = DeepSpeedTrainer(job)
         for name, value in weights.items():
-            trainer.shards.fill(name, value)
-        trainer.shards.refresh()
-        trainer.ema = [shard.detach().clone() for shard in trainer.shards.flat]
+            trainer.engine.fill(name, value)
+        trainer.engine.refresh()
+        trainer.ema = [shard.detach().clone() for shard in trainer.engine.flat]
     trainer.optimizer.param_groups[0]["eps"] = 1e-3  # see train_worker.make_updates
     return trainer
 
 
 def whole(trainer: DeepSpeedTrainer, flat: list[Tensor]) -> State:
-    """Assemble tensors like `shards.flat` from all ranks on the main one."""
+    """Assemble tensors like `engine.flat` from all ranks on the main one."""
     state = {name: torch.full(trainer.shapes[name], torch.nan) for name in trainer.trained}
-    for fragments in process.gather_on_main(list(trainer.shards.fragments(flat))):
+    for fragments in process.gather_on_main(list(trainer.engine.fragments(flat))):
         for name, start, piece in fragments:
             state[name].view(-1)[start : start + len(piece)] = piece
     return state
@@ -90,12 +92,35 @@ def make_updates(case: str | None, *flags: str) -> list[State]:
         if 0 < step < NUM_UPDATES - 1:
             continue
         if isinstance(trainer, DeepSpeedTrainer):
-            weights, ema = whole(trainer, trainer.shards.flat), whole(trainer, trainer.ema)
+            weights, ema = whole(trainer, trainer.engine.flat), whole(trainer, trainer.ema)
         else:
             weights, ema = trainer.model.state_dict(), trainer.ema.model.state_dict()
         values |= {f"weights/{name}": value.clone() for name, value in weights.items()}
         states.append(values | {f"ema/{name}": value.clone() for name, value in ema.items()})
     return states
+
+
+def routing(case: str | None) -> tuple[Tensor, Tensor]:
+    """Return which experts 12 layers choose in the first bfloat16 step, (L, M, K), and tables.
+
+    The second tensor holds the router and the position table that the model computed with, flat.
+    """
+    flags = ("--model", "DiT-S/2", "--mlp-ratio", "0.25", "--precision", "bf16")
+    trainer: Any = make_trainer(case, *flags, std=0.03)
+    chosen, tables = [], []
+
+    def keep(router: Any, _inputs: Any, routing: Routing) -> None:
+        chosen.append(routing.expert_indices.sort().values)
+        tables.append(router.weight.detach().clone().flatten())
+
+    model = trainer.job.model
+    for block in model.blocks:
+        block.moe.router.register_forward_hook(keep)
+    model.x_embedder.register_forward_hook(
+        lambda *_: tables.append(model.pos_embed.detach().clone().flatten())
+    )
+    trainer.train_step(micro_batches(trainer, global_batch(0, 8)))
+    return torch.stack(chosen), torch.cat(tables)
 
 
 def initial_difference(case: str, *flags: str) -> float:
@@ -109,7 +134,7 @@ def initial_difference(case: str, *flags: str) -> float:
         initial_weights(job.settings, {n: p.shape for n, p in job.model.named_parameters()})
     )
     trainer = DeepSpeedTrainer(job)
-    weights = whole(trainer, trainer.shards.flat)
+    weights = whole(trainer, trainer.engine.flat)
     return max((expected[name] - value).abs().max().item() for name, value in weights.items())
 
 
@@ -125,27 +150,28 @@ def save_random_model(path: Path) -> None:
 def allocated(case: str, precision: str) -> dict[str, Any]:
     """Return what a rank holds after a backward, and what `rank_memory` says, in bytes."""
     trainer: Any = make_trainer(case, "--precision", precision)
-    stage = zero.zero_stage(json.loads(Path(trainer.settings.deepspeed_config).read_text()))
+    stage = zero_stage(json.loads(Path(trainer.settings.deepspeed_config).read_text()))
     meta = build_model(trainer.settings, trainer.job.model.config.in_channels, 1)
     expected = rank_memory(
         meta,
         stage,
         trainer.rt.world_size,
-        precision,
         offload="offload" in case,
         persistent=PERSISTENT,
     )
     trainer.train_step(micro_batches(trainer, global_batch(0, 8)))
-    optimizer, engine = trainer.engine.optimizer, trainer.engine
+    engine = trainer.engine.wrapped
+    optimizer = engine.optimizer
     weights = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
                for p in engine.module.parameters()
                for t in (p, getattr(p, "ds_tensor", p))}  # fmt: skip
     moments = [state[key] for state in trainer.optimizer.state.values()
                for key in ("exp_avg", "exp_avg_sq")]  # fmt: skip
-    copies = trainer.shards.flat if stage else []
+    flat = trainer.engine.flat  # at stage 0, and at 3 without offload, the weights themselves
+    copies = [shard for shard in flat if shard.untyped_storage().data_ptr() not in weights]
     if stage == 3:
         gradients = optimizer.grad_partitions_flat_buffer.nbytes
-        gradients += sum(shard.grad.nbytes for shard in copies if shard.grad is not None)
+        gradients += sum(shard.grad.nbytes for shard in flat if shard.grad is not None)
     else:
         (latents, labels, given), *_ = micro_batches(trainer, global_batch(1, 8))
         loss = trainer.job.diffusion.training_loss(engine, latents, labels, **given)
@@ -161,6 +187,77 @@ def allocated(case: str, precision: str) -> dict[str, Any]:
         "ema": sum(t.nbytes for t in trainer.ema),
     }
     return {"found": found, "expected": expected._asdict()}
+
+
+def float16_steps(case: str | None) -> dict[str, Any]:
+    """Make a step that overflows, save, resume, and make one that does not."""
+    folder = Path(sys.argv[2]) / "float16"
+    flags = ("--precision", "fp16", "--results-dir", str(folder), "--run-name", str(case))
+    trainer: Any = make_trainer(case, *flags)
+    set_loss_scale(trainer, 2.0**40)
+    before = [shard.clone() for shard in averages(trainer)]
+    trainer.train_step(micro_batches(trainer, global_batch(0, 8)))
+    facts: dict[str, Any] = {
+        "moved": any(not torch.equal(a, b) for a, b in zip(averages(trainer), before, strict=True)),
+        "step and skipped": (trainer.step, trainer.skipped),
+        "scale": loss_scale(trainer),
+    }
+    trainer.save()
+    trainer = make_trainer(case, *flags)
+    trainer.resume(latest_checkpoint(folder / str(case)))
+    facts["resumed"] = (trainer.step, trainer.skipped, loss_scale(trainer))
+    set_loss_scale(trainer, 2.0**8)
+    values = trainer.train_step(micro_batches(trainer, global_batch(1, 8)))
+    facts |= {name: float(value) for name, value in values.items()}
+    facts["then"] = (trainer.step, trainer.skipped)
+    return facts
+
+
+def averages(trainer: Any) -> list[Tensor]:
+    """Return what this rank keeps of the EMA."""
+    deepspeed = isinstance(trainer, DeepSpeedTrainer)
+    return trainer.ema if deepspeed else list(trainer.ema.model.parameters())
+
+
+def loss_scale(trainer: Any) -> float:
+    """Return what losses are multiplied with."""
+    deepspeed = isinstance(trainer, DeepSpeedTrainer)
+    return trainer.engine.loss_scale if deepspeed else trainer.scaler.get_scale()
+
+
+def set_loss_scale(trainer: Any, scale: float) -> None:
+    """Replace it, in torch's scaler or DeepSpeed's."""
+    scaler = trainer.engine.scaler if isinstance(trainer, DeepSpeedTrainer) else trainer.scaler
+    if isinstance(scaler, torch.amp.GradScaler):
+        scaler.load_state_dict({**scaler.state_dict(), "scale": scale})
+    else:
+        scaler.cur_scale = scale
+
+
+def missing_names() -> list[str]:
+    """Return what `zero.PRIVATE_NAMES` lists and this DeepSpeed does not have."""
+    engines = {case: make_trainer(case).engine.wrapped for case in CASES[:3]}  # type: ignore[union-attr]
+    flat, cut = engines["stage 2"], engines["stage 3"]
+    parts = [p for p in flat.module.parameters() if getattr(p, "_hp_mapping", None) is not None]
+    owners = {
+        "deepspeed.ops": [zero.deepspeed.ops],
+        "engine at stage 0": [engines["stage 0"]],
+        "optimizer of stages 1 to 3": [flat.optimizer, cut.optimizer],
+        "optimizer of stages 1 and 2": [flat.optimizer],
+        "parameter of stages 1 and 2": parts[:1],
+        "_hp_mapping": [getattr(p, "_hp_mapping", None) for p in parts[:1]],
+        "optimizer of stage 3": [cut.optimizer],
+        "parameter of stage 3": [next(cut.module.parameters())],
+        "DynamicLossScaler": [
+            zero.DynamicLossScaler(consecutive_hysteresis=False, **zero.LOSS_SCALE)
+        ],
+    }
+    return [
+        f"{owner}: {name}"
+        for owner, names in zero.PRIVATE_NAMES.items()
+        for name in names
+        if not owners[owner] or not all(hasattr(found, name) for found in owners[owner])
+    ]
 
 
 def train_on_different_experts(steps: int) -> tuple[list[Tensor], float]:
@@ -181,8 +278,8 @@ def train_on_different_experts(steps: int) -> tuple[list[Tensor], float]:
             value[:2, 0] = value[2:, 1] = 5.0
         elif name.endswith("proj.weight"):
             continue
-        trainer.shards.fill(name, value)
-    trainer.shards.refresh()
+        trainer.engine.fill(name, value)
+    trainer.engine.refresh()
     counter = LoadCounter(trainer.job.model)
     for step in range(steps):
         batch = global_batch(step, 8)
@@ -200,11 +297,11 @@ def main(path: str) -> None:
     results: dict[str, Any] = {"updates": {}, "initial difference": {}, "memory": {}}
     for precision in ("fp32", "bf16"):
         for case in (None, *CASES):
-            if (case, precision) != ("stage 0", "bf16"):
-                flags = (*accumulate, "--precision", precision)
-                results["updates"][case, precision] = make_updates(case, *flags)
+            flags = (*accumulate, "--precision", precision)
+            results["updates"][case, precision] = make_updates(case, *flags)
     for case in CASES[1:]:
         results["initial difference"][case] = initial_difference(case)
+    results["routing"] = {case: routing(case) for case in (None, *CASES)}
     random_model = Path(sys.argv[2]) / "random.safetensors"
     save_random_model(random_model)
     results["initial difference"]["--init-from"] = initial_difference(
@@ -212,6 +309,8 @@ def main(path: str) -> None:
     )
     for case in CASES:
         results["memory"][case] = allocated(case, "bf16" if "0" not in case else "fp32")
+    results["float16"] = {case: float16_steps(case) for case in (None, *CASES[:3])}
+    results["missing names"] = missing_names()
     results["different experts"] = train_on_different_experts(20)
     if process.setup().is_main:
         torch.save(results, path)

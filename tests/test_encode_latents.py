@@ -379,7 +379,7 @@ def train_losses(data: Path, results: Path, *more: str) -> list[float]:
     ]
     launch(build_parser(None).parse_args(words), DdpTrainer)
     events = EventAccumulator(str(results / "run")).Reload()
-    return [point.value for point in events.Scalars("loss")]
+    return [point.value for point in events.Scalars("train/loss")]
 
 
 def test_training_from_the_cache_equals_training_from_images(

@@ -1,8 +1,10 @@
 """Training is the same on any number of ranks, micro-batches and restarts."""
 
 import errno
+import logging
 import os
 import random
+import re
 import shutil
 import sys
 import time
@@ -12,19 +14,23 @@ from typing import Any
 import pytest
 import torch
 from launch import REPO, TINY_RUN, Process, free_port, torchrun
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.testing import assert_close
 from train_worker import (
     State,
     global_batch,
     gradients_of_step,
+    grid_of_twelve_blocks,
     make_trainer,
     make_updates,
     micro_batches,
     train_on_disjoint_experts,
 )
 
+import train_loop
 from checkpoint import checkpoint_path, latest_checkpoint, load_checkpoint
+from common.errors import UserError
 from train import DdpTrainer
 from train_loop import launch
 from train_settings import build_parser
@@ -286,7 +292,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_older_checkpoint_whole(
 def test_resuming_another_model_names_what_differs(
     flags: list[str], field: str, undisturbed: Path
 ) -> None:
-    with pytest.raises(SystemExit, match=f"--resume: .* was trained with another {field};"):
+    with pytest.raises(ValueError, match=f"--resume: .* was trained with another {field};"):
         train(undisturbed.parent, *FULL_RUN, *flags)
 
 
@@ -302,7 +308,7 @@ def test_resuming_with_another_course_warns(
 
 
 def test_resume_never_refuses_a_folder_with_checkpoints(undisturbed: Path) -> None:
-    with pytest.raises(SystemExit, match=r"--resume never: .*run has checkpoints; give another"):
+    with pytest.raises(ValueError, match=r"--resume never: .*run has checkpoints; give another"):
         train(undisturbed.parent, *FULL_RUN, "--resume", "never")
 
 
@@ -312,7 +318,7 @@ def test_resuming_a_file_continues_from_that_one(
     source = checkpoint_path(undisturbed, MAX_STEPS - CKPT_EVERY)
     run = train(tmp_path, *FULL_RUN, "--resume", str(source))
     assert_same_end(run, undisturbed)
-    with pytest.raises(SystemExit, match=r"--resume nowhere\.pt: no such file"):
+    with pytest.raises(OSError, match=r"--resume nowhere\.pt: no such file"):
         train(tmp_path, "--resume", "nowhere.pt")
 
 
@@ -335,7 +341,7 @@ def test_weights_that_become_nan_are_never_saved(
     run = train(tmp_path, "--max-steps", "1")
     monkeypatch.setattr("train.clip_grad_norm_", spoil_gradients)
     flags = ("--max-steps", "9", "--ckpt-every", "2", "--log-every", "3")
-    with pytest.raises(FloatingPointError, match=r"grad_norm is nan after step 2; .*--lr"):
+    with pytest.raises(UserError, match=r"grad_norm is nan after step 2; .*--lr"):
         train(tmp_path, *flags)
     assert latest_checkpoint(run) == checkpoint_path(run, 1)
 
@@ -345,3 +351,150 @@ def spoil_gradients(parameters: list[Tensor], max_norm: float) -> Tensor:
         assert parameter.grad is not None
         parameter.grad.fill_(torch.nan)
     return torch.tensor(torch.nan)
+
+
+@pytest.mark.parametrize("part", ["model", "ema"])
+def test_weights_or_averages_of_nan_behind_a_finite_loss_are_never_saved(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(tmp_path, "--max-steps", "1")
+
+    def spoil(trainer: DdpTrainer, batches: Any) -> dict[str, Tensor]:
+        values = step(trainer, batches)
+        model = trainer.model if part == "model" else trainer.ema.model
+        model.get_parameter("blocks.3.attn.qkv.bias").data[5] = torch.inf
+        return values
+
+    step = DdpTrainer.train_step
+    monkeypatch.setattr(DdpTrainer, "train_step", spoil)
+    with pytest.raises(FloatingPointError, match=r"weights are no numbers after step 2; .*--lr"):
+        train(tmp_path, "--max-steps", "2")
+    assert latest_checkpoint(run) == checkpoint_path(run, 1)
+    assert "DivergedError: weights are no numbers" in (run / "log.txt").read_text()
+
+
+# ------------------------------------------------------------------------------ float16
+
+
+def test_a_step_that_overflows_moves_no_average_no_step_and_no_warm_up() -> None:
+    trainer = make_trainer(
+        *("--global-batch-size", "2", "--precision", "fp16", "--ema-decay", "0.5"),
+        *("--warmup-steps", "4"),
+    )
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    before = {name: value.clone() for name, value in trainer.ema.model.state_dict().items()}
+    trainer.train_step(micro_batches(trainer, global_batch(0, 2)))
+    assert_close(trainer.ema.model.state_dict(), before, rtol=0, atol=0)
+    assert (trainer.step, trainer.skipped, trainer.scaler.get_scale()) == (0, 1, 2.0**126)
+    trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0**8})
+    trainer.train_step(micro_batches(trainer, global_batch(1, 2)))
+    assert (trainer.step, trainer.skipped) == (1, 1)
+    assert trainer.optimizer.param_groups[0]["lr"] == trainer.settings.lr / 4
+
+
+def test_a_run_with_skipped_steps_resumes_with_the_batch_and_the_scale_that_come_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("--precision", "fp16", "--model", "DiT-Ti/8", "--ckpt-every", "2")
+    drawn = []
+
+    def keep(job: Any, num_drawn: int) -> Any:
+        drawn.append(num_drawn)
+        return batches(job, num_drawn)
+
+    def overflow_first(job: Any) -> DdpTrainer:
+        trainer = DdpTrainer(job)
+        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**36)
+        return trainer
+
+    batches = train_loop.latent_batches
+    monkeypatch.setattr(train_loop, "latent_batches", keep)
+    arguments = [*TINY_RUN, "--results-dir", str(tmp_path), *flags]
+    launch(build_parser(None).parse_args([*arguments, "--max-steps", "4"]), overflow_first)
+    whole = load_checkpoint(checkpoint_path(tmp_path / "run", 4))
+    assert (skipped := whole["scaler"]["skipped"]) > 2
+    checkpoint_path(tmp_path / "run", 4).unlink()
+    launch(build_parser(None).parse_args([*arguments, "--max-steps", "4"]), DdpTrainer)
+    again = load_checkpoint(checkpoint_path(tmp_path / "run", 4))
+    assert drawn == [0, 2 + skipped]
+    for key in ("model", "ema", "optimizer", "scaler"):
+        assert_close(again[key], whole[key], rtol=0, atol=0)
+
+
+def test_gradients_that_overflow_at_every_scale_end_the_run(tmp_path: Path) -> None:
+    def broken(job: Any) -> DdpTrainer:
+        trainer = DdpTrainer(job)
+        trainer.model.final_layer.linear.bias.data.fill_(torch.nan)
+        return trainer
+
+    flags = ("--precision", "fp16", "--model", "DiT-Ti/8", "--max-steps", "2")
+    arguments = [*TINY_RUN, "--results-dir", str(tmp_path), *flags]
+    with pytest.raises(FloatingPointError, match="after step 0 the gradient overflows float16"):
+        launch(build_parser(None).parse_args(arguments), broken)
+    assert latest_checkpoint(tmp_path / "run") is None
+
+
+# ------------------------------------------------------------------------------ log, grids, disk
+
+
+def test_the_log_has_dates_attempts_and_what_resuming_said(tmp_path: Path) -> None:
+    run = train(tmp_path, "--max-steps", "1")
+    train(tmp_path, "--max-steps", "2", "--lr", "0.5")
+    lines = (run / "log.txt").read_text().splitlines()
+    attempts = [line for line in lines if re.match(r"\[\d{4}-\d\d-\d\d [\d:]{8}\] attempt", line)]
+    assert [line.split()[3] for line in attempts] == ["1:", "2:"]
+    later = lines[lines.index(attempts[1]) :]
+    assert any("resumed" in line and "at step 1" in line for line in later)
+    assert any("--lr was 0.001, is 0.5" in line for line in later)
+
+
+GRID_RUN = ("--model", "DiT-Ti/8", "--sample-every", "2", "--max-steps", "2")
+
+
+def test_a_grid_that_a_kill_prevented_is_drawn_by_the_next_attempt(tmp_path: Path) -> None:
+    run = train(tmp_path, *GRID_RUN)
+    grid = run / "samples" / "0000002.png"
+    drawn = grid.read_bytes()
+    grid.unlink()
+    train(tmp_path, *GRID_RUN)
+    assert grid.read_bytes() == drawn
+    events = EventAccumulator(str(run)).Reload()
+    assert [image.step for image in events.Images("samples")] == [2, 2]
+
+
+def test_a_full_disk_at_a_grid_or_a_curve_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("reporter.save_grid", full)
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
+    run = train(tmp_path, *GRID_RUN, "--log-every", "1")
+    assert "no grid of step 2: [Errno 28] No space left" in caplog.text
+    assert caplog.text.count("no curves from here on") == 1
+    assert load_checkpoint(checkpoint_path(run, 2))["step"] == 2
+
+
+def test_a_run_ended_by_nan_has_its_curves_until_then_and_no_hooks_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    monkeypatch.setattr("train.clip_grad_norm_", spoil_gradients)
+    arguments = [*TINY_RUN, "--results-dir", str(tmp_path), "--max-steps", "9", "--log-every", "9"]
+
+    def make(job: Any) -> DdpTrainer:
+        made.append(DdpTrainer(job))
+        return made[0]
+
+    with pytest.raises(FloatingPointError):
+        launch(build_parser(None).parse_args(arguments), make)
+    assert not any(module._forward_hooks for module in made[0].model.modules())
+    assert not any("log.txt" in str(handler) for handler in logging.getLogger().handlers)
+    assert len(EventAccumulator(str(tmp_path / "run")).Reload().Tags()["scalars"]) == 0
+
+
+def test_the_grid_of_two_ranks_is_that_of_one_bit_for_bit(
+    on_two_ranks: dict[str, Any], tmp_path: Path
+) -> None:
+    assert on_two_ranks["grid"] == grid_of_twelve_blocks(tmp_path)

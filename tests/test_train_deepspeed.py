@@ -24,12 +24,13 @@ from torch.testing import assert_close
 
 import convert
 import upcycle
-import zero
+import zero_config
 from checkpoint import latest_checkpoint, load_checkpoint, save_safetensors
+from common.errors import FileError, UserError
 from memory import GIB
 from models import DiT_models
+from reporter import draw_grid
 from sharded import ShardedCheckpoint
-from train_loop import draw_grid
 from train_settings import build_parser
 from train_utils import prepare
 from weights import load_model
@@ -90,6 +91,44 @@ def test_every_stage_makes_the_updates_of_train_py_in_bfloat16_to_its_precision(
     error = torch.cat([(last[n] - expected[n]).flatten() for n in weights]).norm()
     assert error < 0.05 * moved
     assert_close(last["loss"], expected["loss"], rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_stage_chooses_the_experts_of_train_py_in_bfloat16(
+    case: str, on_two_ranks: dict[str, Any]
+) -> None:
+    (chosen, tables), (expected, expected_tables) = (
+        on_two_ranks["routing"][key] for key in (case, None)
+    )
+    assert torch.equal(tables, expected_tables) and tables.dtype == torch.float32
+    if "3" in case:  # its linear layers round before and after they add the bias
+        assert (chosen == expected).float().mean() > 0.99
+    else:
+        assert torch.equal(chosen, expected)
+
+
+@pytest.mark.parametrize("case", ["stage 0", "stage 2"])
+def test_the_first_update_in_bfloat16_is_that_of_train_py(
+    case: str, on_two_ranks: dict[str, Any]
+) -> None:
+    (ours, _), (expected, _) = (on_two_ranks["updates"][key, "bf16"] for key in (case, None))
+    assert_close(ours, {name: expected[name] for name in ours}, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", [None, *CASES[:3]])
+def test_a_gradient_that_overflows_float16_moves_only_the_scale_and_can_be_saved(
+    case: str | None, on_two_ranks: dict[str, Any]
+) -> None:
+    facts, expected = (on_two_ranks["float16"][key] for key in (case, None))
+    assert not facts["moved"] and facts["step and skipped"] == (0, 1)
+    assert facts["scale"] == 2.0**39 and facts["resumed"] == (0, 1, 2.0**39)
+    assert facts["then"] == (1, 1)
+    for name in ("loss", "aux_loss", "grad_norm"):
+        assert facts[name] == pytest.approx(expected[name], rel=5e-3)
+
+
+def test_deepspeed_still_has_every_private_name_that_we_use(on_two_ranks: dict[str, Any]) -> None:
+    assert on_two_ranks["missing names"] == []
 
 
 @pytest.mark.parametrize("case", [*CASES[1:], "--init-from"])
@@ -389,8 +428,8 @@ def file(tmp_path: Path) -> Iterator[Any]:
 @pytest.mark.parametrize("name", ["zero2", "zero3", "zero3_offload"])
 def test_our_engine_files_are_strict_json_of_zero_and_precision(name: str) -> None:
     config = json.loads((REPO / f"config/{name}.json").read_text())
-    assert set(config) == {"bf16", "data_types", "zero_optimization"}
-    assert zero.read_config(REPO / f"config/{name}.json") == config
+    assert set(config) == {"torch_autocast", "zero_optimization"}
+    assert zero_config.read_config(REPO / f"config/{name}.json") == config
 
 
 @pytest.mark.parametrize(
@@ -407,24 +446,61 @@ def test_a_file_that_contradicts_a_flag_is_refused(
 ) -> None:
     path = file({key: value})
     with pytest.raises(ValueError, match=rf"engine\.json has {key} {value}, but {flag}"):
-        zero.engine_config(flags_of(path, precision="fp32"), zero.read_config(path))
+        zero_config.engine_config(flags_of(path, precision="fp32"), zero_config.read_config(path))
 
 
 def test_a_file_with_an_optimizer_or_no_json_is_refused(file: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has 'optimizer', but the flags own"):
-        zero.read_config(file({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}))
+        zero_config.read_config(file({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}))
     path = tmp_path / "comment.json"
     path.write_text('{"train_batch_size": 8, // eight\n}')
     with pytest.raises(ValueError, match=r"comment\.json is no JSON: .*line 1"):
-        zero.read_config(path)
-    with pytest.raises(FileNotFoundError, match=r"--deepspeed-config nowhere: no such file"):
-        zero.read_config("nowhere")
+        zero_config.read_config(path)
+    with pytest.raises(FileError, match=r"--deepspeed-config nowhere: no such file"):
+        zero_config.read_config("nowhere")
 
 
-def test_the_file_owns_the_precision_and_a_contradiction_is_refused(file: Any) -> None:
-    path = file({"bf16": {"enabled": True}})
+@pytest.mark.parametrize(
+    "section", [{"bf16": {"enabled": True}}, {"torch_autocast": {"enabled": True, "dtype": "bf16"}}]
+)
+def test_the_file_owns_the_precision_and_a_contradiction_is_refused(
+    section: dict[str, Any], file: Any
+) -> None:
+    path = file(section)
     with pytest.raises(ValueError, match=r"--precision fp32, but .* enables bf16"):
-        zero.resolve_precision(flags_of(path, precision="fp32"), zero.read_config(path))
+        zero_config.resolve_precision(
+            flags_of(path, precision="fp32"), zero_config.read_config(path)
+        )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1], r"has a list, not"),
+        ({"zero_optimization": 3}, r"zero_optimization is 3, not"),
+        ({"zero_optimization": {"stage": 4}}, r"ZeRO stage 4 is none of"),
+        ({"zero_optimization": {"stage": "2"}}, r"ZeRO stage '2' is none of"),
+        ({"bf16": True}, r"bf16 is True, not"),
+        ({"torch_autocast": {"enabled": True, "dtype": "fp8"}}, r"dtype is 'fp8', not bfloat16"),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, r"to 'nvme', only to 'cpu'"),
+    ],
+)
+def test_a_file_of_wrong_types_is_refused(content: Any, message: str, file: Any) -> None:
+    with pytest.raises(UserError, match=rf"--deepspeed-config .*engine\.json.*{message}"):
+        zero_config.read_config(file(content))
+
+
+def test_half_precision_is_autocast_and_stage_3_alone_sends_weights_of_matmuls_in_half(
+    file: Any,
+) -> None:
+    path = file({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}})
+    for stage in range(4):
+        given = {**zero_config.read_config(path), "zero_optimization": {"stage": stage}}
+        config = zero_config.engine_config(flags_of(path, precision="fp16"), given)
+        assert "bf16" not in config and "data_types" not in config
+        assert config["torch_autocast"]["dtype"] == "float16"
+        sent = config["torch_autocast"]["lower_precision_safe_modules"]
+        assert ("models.Experts" in sent) == (stage == 3) and "models.TopKRouter" not in sent
 
 
 def test_hardware_without_the_files_precision_gets_another(
@@ -433,5 +509,5 @@ def test_hardware_without_the_files_precision_gets_another(
     monkeypatch.setattr("common.process.pick_device", lambda: torch.device("cpu"))
     monkeypatch.setattr("common.process.has_fast_bf16", lambda device: False)
     args = flags_of(file({"bf16": {"enabled": True}}))
-    wanted = zero.resolve_precision(args, zero.read_config(args.deepspeed_config))
-    assert (wanted, args.precision) == ("bf16", "fp32")
+    found = zero_config.resolve_precision(args, zero_config.read_config(args.deepspeed_config))
+    assert found == ("bf16", "fp32")

@@ -16,9 +16,10 @@ from torch.testing import assert_close
 from checkpoint import checkpoint_path, save_safetensors
 from common.errors import UserError
 from models import DiT_models
+from reporter import Reporter, draw_grid, load_scalars
 from routing import LoadCounter
 from train import DdpTrainer
-from train_loop import Reporter, draw_grid, launch, learning_rate, load_scalars
+from train_loop import launch, learning_rate
 from train_settings import TrainSettings, build_parser
 from train_utils import Ema, Job, build_model, describe, initial_weights, prepare
 from weights import load_model
@@ -134,16 +135,17 @@ def short_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_curves_have_every_documented_tag(short_run: Path) -> None:
     curves = read_curves(short_run)
-    tags = {"loss", "aux_loss", "grad_norm", "lr", "images_per_second"}
+    tags = {f"train/{name}" for name in ("loss", "aux_loss", "grad_norm", "lr")}
+    tags.add("system/images_per_second")
     for measure in ("entropy", "max_vio", "dead"):
         tags.add(f"experts/{measure}")
-        tags |= {f"experts_{measure}/layer_{layer:02d}" for layer in range(DEPTH)}
+        tags |= {f"experts/{measure}/layer_{layer:02d}" for layer in range(DEPTH)}
     assert set(curves) == tags
     assert all([step for step, _ in curve] == [2, 4] for curve in curves.values())
     assert all(math.isfinite(value) for curve in curves.values() for _, value in curve)
-    assert all(0.9 < value < NUM_EXPERTS for _, value in curves["aux_loss"])
+    assert all(0.9 < value < NUM_EXPERTS for _, value in curves["train/aux_loss"])
     assert all(0 < value <= 1 for _, value in curves["experts/entropy"])
-    assert curves["lr"][0][1] == pytest.approx(0.001)
+    assert curves["train/lr"][0][1] == pytest.approx(0.001)
 
 
 def test_a_run_folder_has_settings_log_weights_and_samples(short_run: Path) -> None:
@@ -160,34 +162,40 @@ def test_steps_done_again_after_a_kill_appear_once_in_the_curves(tmp_path: Path)
     run = train(tmp_path, *flags)
     checkpoint_path(run, 4).unlink()  # as if killed before it was written
     train(tmp_path, *flags)
-    assert [step for step, _ in read_curves(run)["loss"]] == [1, 2, 3, 4]
+    assert [step for step, _ in read_curves(run)["train/loss"]] == [1, 2, 3, 4]
 
 
 def test_a_point_is_the_mean_of_the_steps_since_the_last(tmp_path: Path) -> None:
-    reporter = Reporter(tiny_job(tmp_path), 0)
-    for loss in (1.0, 2.0, 6.0, 8.0):
-        reporter.add(loss=torch.tensor(loss), grad_norm=torch.tensor(0.5))
-        if loss in (2.0, 8.0):
-            reporter.log(2 if loss == 2.0 else 4, lr=0.1)
-    reporter.close()
-    assert read_curves(tmp_path / "run")["loss"] == [(2, 1.5), (4, 7.0)]
+    with Reporter(tiny_job(tmp_path), 0) as reporter:
+        for loss in (1.0, 2.0, 6.0, 8.0):
+            reporter.add(loss=torch.tensor(loss), grad_norm=torch.tensor(0.5))
+            if loss in (2.0, 8.0):
+                reporter.log(2 if loss == 2.0 else 4, lr=0.1)
+    assert read_curves(tmp_path / "run")["train/loss"] == [(2, 1.5), (4, 7.0)]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
-def test_a_loss_or_gradient_that_is_not_a_number_stops_the_run(name: str, tmp_path: Path) -> None:
-    reporter = Reporter(tiny_job(tmp_path), 0)
+def test_a_loss_or_gradient_that_is_not_a_number_stops_the_run(
+    name: str, precision: str, tmp_path: Path
+) -> None:
     values = {"loss": torch.tensor(1.0), "grad_norm": torch.tensor(1.0)}
-    reporter.add(**values)
-    reporter.add(**values | {name: torch.tensor(torch.nan)})
-    with pytest.raises(FloatingPointError, match=f"the {name} is nan after step 2; .*lower --lr"):
-        reporter.log(2, lr=0.1)
+    with Reporter(tiny_job(tmp_path, "--precision", precision), 0) as reporter:
+        reporter.add(**values)
+        reporter.add(**values | {name: torch.tensor(torch.nan)})
+        said = f"the {name} is nan after step 2; .*lower --lr"
+        with pytest.raises(FloatingPointError, match=said):
+            reporter.log(2, lr=0.1)
 
 
-def test_a_gradient_that_overflows_float16_does_not_stop_the_run(tmp_path: Path) -> None:
-    reporter = Reporter(tiny_job(tmp_path, "--precision", "fp16"), 0)
-    reporter.add(loss=torch.tensor(1.0), grad_norm=torch.tensor(torch.inf))
-    reporter.log(1, lr=0.1)
-    reporter.close()
+def test_steps_whose_gradient_overflows_float16_are_counted_apart(tmp_path: Path) -> None:
+    with Reporter(tiny_job(tmp_path, "--precision", "fp16"), 0) as reporter:
+        reporter.skip()
+        reporter.add(loss=torch.tensor(1.0), grad_norm=torch.tensor(0.5))
+        reporter.skip()
+        reporter.log(1, lr=0.1)
+    curves = read_curves(tmp_path / "run")
+    assert curves["train/skipped_steps"] == [(1, 2.0)] and curves["train/loss"] == [(1, 1.0)]
 
 
 def test_load_curves_tell_even_from_collapsed_layers() -> None:
@@ -195,10 +203,10 @@ def test_load_curves_tell_even_from_collapsed_layers() -> None:
     counter = LoadCounter(model)
     counter.counts.copy_(torch.tensor([[5, 5, 5, 5], [20, 0, 0, 0]]))
     scalars = load_scalars(counter)
-    assert scalars["experts_entropy/layer_00"] == pytest.approx(1.0)
-    assert scalars["experts_entropy/layer_01"] == pytest.approx(0.0)
+    assert scalars["experts/entropy/layer_00"] == pytest.approx(1.0)
+    assert scalars["experts/entropy/layer_01"] == pytest.approx(0.0)
     assert scalars["experts/max_vio"] == pytest.approx(1.5)  # of 0 and 3
-    assert scalars["experts_dead/layer_01"] == 3
+    assert scalars["experts/dead/layer_01"] == 3
 
 
 def test_a_dense_model_has_no_load_curves() -> None:

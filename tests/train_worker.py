@@ -9,6 +9,7 @@ drops of a step are drawn once for the global batch, then cut as the data stream
 import functools
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,6 +120,14 @@ def train_on_disjoint_experts() -> tuple[State, Tensor]:
     return gradients, counter.counts
 
 
+def grid_of_twelve_blocks(folder: Path) -> bytes:
+    """Draw a grid and return its file, on the main process; elsewhere nothing."""
+    flags = ("--model", "DiT-S/8", "--global-batch-size", "4", "--results-dir", str(folder))
+    trainer = make_trainer(*flags)
+    path = trainer.draw()
+    return path.read_bytes() if trainer.rt.is_main else b""
+
+
 def main(path: str) -> None:
     """Run every case on all ranks; the first one writes what came out."""
     process.setup = functools.cache(process.setup)  # one process group for many jobs
@@ -127,6 +136,7 @@ def main(path: str) -> None:
         "updates": make_updates(),
         "accumulated updates": make_updates("--accum-steps", "2"),
         "disjoint gradients": gradients,
+        "grid": grid_of_twelve_blocks(Path(path).parent),
         "tokens_per_expert": process.gather_on_main(tokens_per_expert),
     }
     if process.setup().is_main:

@@ -67,7 +67,7 @@ def claims(results: Path, docs: Path) -> dict[str, dict[str, list[float]]]:
                 row[name] = statistics.mean(p.value for p in points[len(points) // 2 :])
         for name in MEASURES.keys() & row.keys():
             values.setdefault(variant, {}).setdefault(name, []).append(row[name])
-        loss = events.Scalars("loss")
+        loss = events.Scalars("train/loss")
         curves.setdefault(variant, []).append(([p.step for p in loss], [p.value for p in loss]))
     for claim, variants in CLAIMS.items():
         print(f"\n| {claim} | " + " | ".join(MEASURES.values()) + " |")
