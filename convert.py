@@ -15,7 +15,7 @@ from pathlib import Path
 
 from checkpoint import ACCEPTED
 from common.errors import UserError, one_line_errors
-from common.flags import FlagParser, flag, model_size, number
+from common.flags import FlagParser, dtype_flag, flag, model_size, number
 from common.process import DTYPES
 from hub import check_new, our_blocks, save_file, save_folder, save_pipeline, save_published
 from layouts import known_fields
@@ -36,7 +36,7 @@ def build_parser() -> FlagParser:
     result = parser.group("Result")
     result.add("--pipeline", action="store_true", help="Make DST a diffusers pipeline folder.")
     result.add("--ema", default=True, **flag, help="Take the averaged weights, if SRC has both.")
-    result.add("--dtype", choices=list(DTYPES), help="Of the weights. Default: as SRC has them.")
+    result.add("--dtype", **dtype_flag, help="Of the weights. Default: as SRC has them.")
     result.add(
         "--attention",
         choices=["qkv", "Wqkv"],
@@ -73,20 +73,20 @@ def check_destination(args: argparse.Namespace) -> None:
 
 def write(args: argparse.Namespace, weights: Weights) -> str:
     """Write DST; returns what it has become."""
-    dtype, suffix = DTYPES[args.dtype] if args.dtype else None, Path(args.dst).suffix
+    wanted, suffix = DTYPES[args.dtype] if args.dtype else None, Path(args.dst).suffix
     config, settings = weights.config, weights.settings
     if args.pipeline:
         vae_path = find_vae_path(settings, args.vae_path)
-        save_pipeline(args.dst, weights, vae_path, dtype)
+        save_pipeline(args.dst, weights, vae_path, wanted)
         return f"diffusers pipeline, VAE {vae_path}"
     if suffix == ".pt":
         flash = config.qk_norm if args.attention is None else args.attention == "Wqkv"
-        save_published(args.dst, weights, flash_attention=flash, dtype=dtype)
+        save_published(args.dst, weights, flash_attention=flash, dtype=wanted)
         return f"published layout, attn.{'Wqkv/out_proj' if flash else 'qkv/proj'}; .json beside it"
     if suffix == ".safetensors":
-        save_file(args.dst, our_blocks(weights, dtype), config, settings)
+        save_file(args.dst, our_blocks(weights, wanted), config, settings)
         return "our layout"
-    save_folder(args.dst, our_blocks(weights, dtype), config, settings)
+    save_folder(args.dst, our_blocks(weights, wanted), config, settings)
     return "our layout, folder for DiT.from_pretrained"
 
 

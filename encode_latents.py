@@ -25,7 +25,7 @@ from tqdm import tqdm
 from common import process
 from common.errors import UserError, one_line_errors, printable
 from common.files import atomic_write, file_crc32
-from common.flags import FlagParser, number
+from common.flags import FlagParser, dtype_flag, number
 from common.quiet import silence_worker_count
 from data import VAE, FolderImages, load_dataset, load_vae
 from data.image_files import UnreadableImageError
@@ -59,7 +59,7 @@ def build_parser() -> FlagParser:
     data.add("--image-size", type=number(int, 8, 8192), default=256, help="pixels")
     data.add("--vae-path", default="stabilityai/sd-vae-ft-ema", help="folder or hub id")
     data.add("--out", required=True, help="folder of the cache")
-    data.add("--dtype", choices=list(DTYPES), default="float16", help="of the cache")
+    data.add("--dtype", **dtype_flag, default="fp16", help="of the cache")
     data.add("--shard-size", type=number(int, 1), default=4096, help="images a file")
 
     work = parser.group("Run")
@@ -250,7 +250,7 @@ def encode(args: argparse.Namespace, run: process.Runtime) -> str:
         vae,
         data_path=args.data_path,
         vae_path=args.vae_path,
-        dtype=args.dtype,
+        dtype=process.long_name(process.DTYPES[args.dtype]),
         shard_size=args.shard_size,
     )
     index = open_index(folder, wanted)

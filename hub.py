@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from common.errors import FileError, UserError
-from common.files import UNSEALED, atomic_write, seal
-from common.pictures import check_folder
+from common.files import UNSEALED, atomic_write, check_folder, seal
 from data import VAE, load_vae
 from described import description_path, save_description
 from layouts import to_published
@@ -70,8 +70,10 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         temp.mkdir(parents=True)
         yield temp
         os.rename(temp, path)
-    except OSError as error:
-        raise error if isinstance(error, UserError) else FileError(f"{path}: {error}") from error
+    except UserError:
+        raise
+    except (OSError, SafetensorError) as error:  # the VAE is written by diffusers
+        raise FileError(f"could not write {path}: {error}") from error
     finally:
         shutil.rmtree(temp, ignore_errors=True)
 

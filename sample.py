@@ -190,7 +190,7 @@ def main(args: argparse.Namespace) -> None:
     grid = arrange(images, len(labels), width)
     save_grid(grid, out, columns=width * len(labels), column_names=names)
     columns = "one class a column" if width == 1 else f"each class in {width} columns"
-    dtype = str(run.model.dtype).removeprefix("torch.")
+    dtype = process.long_name(run.model.dtype)
     print(f"{len(images)} images, {columns}, {run.diffusion.objective}, {dtype}: {out}")
 
 

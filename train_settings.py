@@ -16,7 +16,7 @@ from typing import Any
 
 from common import process
 from common.errors import FileError, UserError
-from common.flags import MODEL_SIZES, FlagParser, flag, model_size, number, seed
+from common.flags import MODEL_SIZES, FlagParser, dtype_flag, flag, model_size, number, seed
 from common.process import Runtime
 from data import FolderImages, ImageDataset
 from data.latent_cache import CachedLatents
@@ -233,7 +233,7 @@ def _add_optimization_flags(parser: FlagParser) -> None:
     )
     train.add(
         "--precision",
-        choices=("bf16", "fp16", "fp32"),
+        **dtype_flag,
         help="Format of matrix products; master weights stay in fp32. Default: bf16 where the "
         "hardware has it, else fp32.",
     )

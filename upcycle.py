@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.flags import FlagParser, flag, model_size, number
+from common.flags import FlagParser, dtype_flag, flag, model_size, number
 from common.process import DTYPES
 from hub import save_folder
 from layouts import block_index, by_block, known_fields
@@ -49,7 +49,7 @@ def build_parser() -> FlagParser:
     data.add("--ckpt", required=True, help="dense DiT or DiT-MoE: published, diffusers or ours")
     data.add("--out", required=True, help="folder to write, must not exist")
     data.add("--ema", default=True, **flag, help="averaged weights")
-    data.add("--dtype", choices=list(DTYPES), help="of the new weights; default: as the source")
+    data.add("--dtype", **dtype_flag, help="of the new weights; default: as the source")
     data.add("--model", **model_size(DiT_models), help="size of a published file, for its heads")
     data.add("--num-heads", type=number(int, 1), help="for files that do not tell")
 

@@ -418,6 +418,16 @@ def _open_safetensors(*paths: Path) -> _Source:
 
 
 def _is_state_dict(content: Any) -> bool:
+    """Tell whether these are names and tensors, each with a place in the file for every value.
+
+    A tensor may claim any shape of few bytes, and would fill the memory once it is copied.
+    """
     if not isinstance(content, dict) or not content:
         return False
-    return all(isinstance(tensor, Tensor) for tensor in content.values())
+    return all(isinstance(name, str) and _is_stored(tensor) for name, tensor in content.items())
+
+
+def _is_stored(tensor: Any) -> bool:
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+        return False
+    return tensor.nbytes <= tensor.untyped_storage().nbytes()

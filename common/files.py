@@ -69,6 +69,17 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             temp.unlink(missing_ok=True)
 
 
+def check_folder(path: str | Path) -> None:
+    """Look whether a file can be written at `path`, and write nothing; folders can be made.
+
+    Raises:
+        FileError: the folder it would be in is none, or does not let this user write.
+    """
+    folder = next(folder for folder in Path(path).absolute().parents if folder.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise FileError(f"{path}: {folder} is no folder that this user may write to")
+
+
 def make_writable(folder: str | Path, flag: str) -> Path:
     """Return a folder that takes new files, made if it is not there: before the work, not after.
 

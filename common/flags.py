@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from common.errors import printable
+from common.process import DTYPES, long_name
 
 MAX_INT = 10**9  # of any count: beyond lie typing errors
 # Registered sizes as help and messages show them; `models.DiT_models` has the list.
@@ -57,6 +58,17 @@ def number(kind: type, low: float, high: float | None = None) -> Any:
 
 # torch takes seeds below 2^64; scripts add ranks, steps and repetitions to theirs.
 seed = number(int, 0, 2**63 - 1)
+
+
+def _parse_dtype(text: str) -> str:
+    """Return the name in `DTYPES`; the long names, such as bfloat16, are accepted too."""
+    names = {long_name(dtype): name for name, dtype in DTYPES.items()} | {n: n for n in DTYPES}
+    if text not in names:
+        raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(DTYPES)}")
+    return names[text]
+
+
+dtype_flag: dict[str, Any] = {"type": _parse_dtype, "metavar": "{" + ",".join(DTYPES) + "}"}
 
 
 def model_size(names: Iterable[str]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Images as one picture for people: a grid with names above its columns."""
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from common.errors import FileError, printable
-from common.files import atomic_write
+from common.files import atomic_write, check_folder
 
 MIN_SIDE = 64  # pixels: smaller images are enlarged by a whole number
 FRAME = 2  # pixels around every image
@@ -29,17 +28,6 @@ FORMATS = {
     ".jpg": _Format("jpeg", {"quality": 95, "subsampling": 0}, 65_500),
     ".webp": _Format("webp", {"lossless": True}, 16_383),
 }
-
-
-def check_folder(path: str | Path) -> None:
-    """Look whether a file can be written at `path`, without trying; missing folders can be made.
-
-    Raises:
-        FileError: the folder it would be in is none, or does not let this user write.
-    """
-    folder = next(folder for folder in Path(path).absolute().parents if folder.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise FileError(f"{path}: {folder} is no folder that this user may write to")
 
 
 def check_picture_path(path: str | Path) -> Path:

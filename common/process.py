@@ -16,15 +16,7 @@ from torch import Tensor
 
 from common.errors import UserError
 
-DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # name in flags
 
 # How long a rank waits for the others: torch's 10 minutes (nccl) or 30 (gloo) are less than a batch
 # of samples, a shard of latents or a checkpoint of many GB can take.
@@ -194,6 +186,11 @@ def check_memory(num_bytes: float, what: str) -> None:
             f"{what} needs {num_bytes / 2**30:,.0f} GiB of memory, this machine has "
             f"{total / 2**30:,.0f}"
         )
+
+
+def long_name(dtype: torch.dtype) -> str:
+    """Return "float16" of torch.float16, as files spell it; flags accept it for "fp16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def rng_state() -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch
 
 from common import process
 from common.errors import UserError
-from common.flags import FlagGroup, FlagParser, flag, model_size, number
+from common.flags import FlagGroup, FlagParser, dtype_flag, flag, model_size, number
 from data import VAE, Pixels, load_vae
 from diffusion import Diffusion, create_diffusion
 from layouts import known_fields
@@ -49,7 +49,7 @@ def drawing_flags(parser: FlagParser, *, quantize: bool = True, offload: bool = 
     group.add("--ema", default=True, **flag, help="Take the averaged weights.")
     group.add(
         "--dtype",
-        choices=list(process.DTYPES),
+        **dtype_flag,
         help="Type of the weights and of the arithmetic. Default: bf16 where it is fast.",
     )
     if quantize:

@@ -162,9 +162,10 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
     assert_refused("text.pt is not a readable", tmp_path / "text.pt", tmp_path / "grid.png")
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "short"), [("float16", "fp16"), ("bf16", "bf16")])
 def test_a_dtype_without_kernels_on_this_cpu_says_what_it_computes_in(
     dtype: str,
+    short: str,
     run: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -172,7 +173,7 @@ def test_a_dtype_without_kernels_on_this_cpu_says_what_it_computes_in(
 ) -> None:
     monkeypatch.setattr("common.process.has_fast_bf16", lambda device: False)
     sample(run, tmp_path / "grid.png", "--num-per-class", "1", "--dtype", dtype)
-    expected = f"--dtype {dtype} has no fast kernels on this CPU: computing in fp32"
+    expected = f"--dtype {short} has no fast kernels on this CPU: computing in fp32"
     assert expected in capsys.readouterr().out
 
 

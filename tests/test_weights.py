@@ -104,6 +104,26 @@ def test_the_first_tensor_that_does_not_fit_the_config_is_named(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(1).expand(10**9, 10**9),
+        torch.zeros(4, 4).to_sparse(),
+        torch.zeros(10**9, 10**6, device="meta"),
+    ],
+)
+def test_a_tensor_that_claims_more_values_than_it_stores_is_refused(
+    tmp_path: Path, tensor: Tensor
+) -> None:
+    state = tiny_model().state_dict() | {"blocks.0.attn.proj.bias": tensor}
+    torch.save(state, tmp_path / "flat.pt")
+    torch.save({"ema": state}, tmp_path / "wrapped.pt")
+    save_as("checkpoint", tmp_path, state)
+    for name in ("flat.pt", "wrapped.pt", "x.pt"):
+        with pytest.raises(UserError, match=rf"{name}( has a dict|.* holds only the weights)"):
+            load_model(tmp_path / name)
+
+
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", 3])
 def test_an_index_names_files_of_its_own_folder_only(tmp_path: Path, name: Any) -> None:
     (tmp_path / "in").mkdir()
