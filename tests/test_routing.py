@@ -1,9 +1,12 @@
 """Expert counts against a recount, and the measures on tables known by heart."""
 
 import math
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from launch import TINY_RUN
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -16,6 +19,9 @@ from routing import (
     max_violation,
     tokens_per_expert,
 )
+from train import DdpTrainer
+from train_loop import launch
+from train_settings import build_parser
 
 TINY = DiTConfig(
     input_size=4,
@@ -217,3 +223,17 @@ def test_measures_work_layer_by_layer():
     torch.testing.assert_close(load_entropy(table), torch.tensor([1.0, 0.5, 0.0]))
     torch.testing.assert_close(max_violation(table), torch.tensor([0.0, 1.0, 3.0]))
     assert dead_experts(table).tolist() == [0, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_training_run_of_twelve_blocks_compiles_one_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    backend = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch.compiler.reset()
+    flags = [*TINY_RUN, "--model", "DiT-S/8", "--compile", "--max-steps", "2", "--log-every", "1"]
+    launch(build_parser(None).parse_args([*flags, "--results-dir", str(tmp_path)]), DdpTrainer)
+    assert backend.frame_count == 1
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "max_vio" in log and "done:" in log
