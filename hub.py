@@ -37,7 +37,7 @@ SAFETENSORS_TYPES = {
 }
 SHARD_BYTES = 2**28  # a block that is larger gets its own file
 ROOT = Path(__file__).parent
-PIPELINE_CODE = ("models.py", "moe_ops.py", "diffusion")  # what a pipeline folder carries along
+PIPELINE_CODE = ("models.py", "moe_ops", "diffusion")  # what a pipeline folder carries along
 PIPELINE_PACKAGE = "dit_moe"
 PIPELINE_REQUIREMENTS = {"torch", "diffusers", "huggingface_hub", "safetensors"}
 PIPELINE_REQUIREMENTS |= {"numpy", "pillow", "tqdm"}
