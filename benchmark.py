@@ -23,6 +23,7 @@ import platform
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -326,11 +327,8 @@ def measure_step(bench: Bench, config: DiTConfig) -> None:
             variant, naive = variants[name]
             training = TrainingStep(variant, bench.device, naive)
             for precision in precisions:
-
-                def run(watch: Stopwatch, seed: int, training=training, precision=precision):
-                    training.run(precision, images, watch, seed)
-
-                contestants[Entry(name, precision, forward_flops(variant, images))] = run
+                entry = Entry(name, precision, forward_flops(variant, images))
+                contestants[entry] = partial(training.run, precision, images)
         return bench.alternate(contestants)
 
     together = sum(map(state_bytes, (v for v, _ in variants.values()))) < 0.6 * memory(bench.device)
@@ -463,9 +461,7 @@ def measure_cuda(bench: Bench, config: DiTConfig) -> None:
             weights = precision._replace(mixed=False).weights
             model = build_model(variant, bench.device, naive).to(weights).eval()
 
-            def step(watch: Stopwatch, seed: int, training=training, precision=precision) -> None:
-                training.run(precision, images, watch, seed)
-
+            step: Run = partial(training.run, precision, images)
             runs = {"step": step, "sample": sample_run(model, images, bench.device)}
             for what, run in runs.items():
                 counts = count_cuda_calls(run, bench.device)

@@ -20,6 +20,7 @@ from moe_ops import (
     swiglu_grouped,
     swiglu_segments,
 )
+from moe_ops.segments import lay_out_rows
 
 M, D, WIDTH, E = 40, 16, 24, 5
 Layer = Callable[..., Tensor]
@@ -180,6 +181,17 @@ def test_shapes_are_static_and_no_value_is_read_on_the_host(layer: Layer, dtype:
     expected = run(layer, inputs)
     assert [o.shape for o in outputs] == [e.shape for e in expected]
     assert [o.stride() for o in outputs] == [e.stride() for e in expected]
+
+
+def test_rows_are_laid_out_as_in_the_example_of_the_docstring():
+    plan = sort_by_expert(torch.tensor([[0, 2], [0, 2], [2, 0]]), num_experts=3)
+    assert (plan.order.tolist(), plan.offsets.tolist()) == ([0, 2, 5, 1, 3, 4], [3, 3, 6])
+    weights = torch.arange(1.0, 7.0).view(3, 2)  # of choices 0..5
+    laid = lay_out_rows(weights, plan.order, plan.offsets, alignment=2)
+    assert laid.segments == [(0, 0, 4), (2, 4, 8)]
+    assert laid.tokens.tolist() == [0, 1, 2, 2, 0, 1, 2, 2]
+    assert laid.weights.flatten().tolist() == [1, 3, 6, 0, 2, 4, 5, 0]
+    assert laid.row_of_choice.tolist() == [0, 4, 1, 5, 6, 2]
 
 
 # -- custom operators

@@ -1,0 +1,34 @@
+"""The plan of one dispatch: where every routed row goes and comes back from."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class DispatchPlan(NamedTuple):
+    """Where every routed row goes: row r of the sorted order is token `order[r] // K`."""
+
+    order: Tensor  # (R,) int64: flat (token, choice) index of each sorted row
+    inverse: Tensor  # (R,) int64: sorted position of each flat (token, choice) index
+    offsets: Tensor  # (E,) int32: end of each expert's segment in the sorted order
+
+
+def sort_by_expert(expert_indices: Tensor, num_experts: int) -> DispatchPlan:
+    """Plan a stable sort of all (token, choice) pairs by expert.
+
+    Args:
+        expert_indices: (M, K) int64, in [0, E).
+        num_experts: E.
+    """
+    sorted_experts, order = expert_indices.flatten().sort(stable=True)
+    rows = torch.arange(order.numel(), device=order.device)
+    inverse = torch.empty_like(order).scatter_(0, order, rows)  # a permutation: no collisions
+    experts = torch.arange(num_experts, device=order.device)
+    offsets = torch.searchsorted(sorted_experts, experts, right=True, out_int32=True)
+    return DispatchPlan(order, inverse, offsets)
+
+
+def sum_rows(rows: Tensor, inverse: Tensor, k: int) -> Tensor:
+    """Add up each token's K sorted rows by a gather: (R, D) -> (M, D)."""
+    return rows.index_select(0, inverse).view(-1, k, rows.shape[-1]).sum(dim=1)
