@@ -1,10 +1,14 @@
 """Training state on disk.
 
-1. `save_checkpoint`, `load_checkpoint`, `latest_checkpoint`, `prune_checkpoints`: training state.
-2. `write_tensors`, `save_safetensors`, `load_torch`: how files are written and read.
+1. `save_checkpoint`, `commit_checkpoint`, `load_checkpoint`: training state.
+2. `latest_checkpoint`, `checkpoint_to_resume`, `resolve_checkpoint`, `verify_checkpoint`: which one
+   a folder means, and whether it is whole.
+3. `write_tensors`, `save_safetensors`, `load_torch`: how files are written and read.
 
 Nothing read here can run code: torch files are opened with `weights_only=True`. Everything
-is written under a temporary name first, so a file that has its name is whole.
+is written under a temporary name first, so a file that has its name is whole, and carries its
+checksum (common/files.py). A checkpoint that cannot be read is an error; only one that was read and
+found damaged is passed over.
 Weights of any layout are opened in weights.py; what train_deepspeed.py saves is in sharded.py.
 """
 
@@ -12,20 +16,31 @@ import argparse
 import hashlib
 import json
 import logging
+import os
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from common.files import UNSEALED, atomic_write, seal
+import run_folder
+from common.errors import FileError
+from common.files import (
+    UNSEALED,
+    DamagedFileError,
+    atomic_write,
+    check_zip,
+    readable,
+    seal,
+    verify_file,
+)
 from layouts import StateDict
 from models import DiTConfig
-from sharded import latest_sharded, mark_latest
+from sharded import ShardedCheckpoint
 
 FORMAT, VERSION = "dit-moe", 1
 CHECKPOINT_KEYS = (
@@ -44,7 +59,7 @@ ACCEPTED = (
 
 def checkpoint_path(run_dir: str | Path, step: int) -> Path:
     """Return where the checkpoint of a step is kept: RUN_DIR/checkpoints/0001000.pt."""
-    return Path(run_dir) / "checkpoints" / f"{step:07d}.pt"
+    return run_folder.checkpoint_folder(run_dir) / f"{step:07d}.pt"
 
 
 def save_checkpoint(
@@ -95,77 +110,182 @@ def save_checkpoint(
             raise ValueError(f"{path}: not written, it could not be read back safely: {refused}")
 
 
+def commit_checkpoint(path: Path, keep_last: int, resumed: str | None = None) -> None:
+    """Make a checkpoint of a run the latest; then delete the oldest ones.
+
+    Args:
+        path, keep_last, resumed: see `run_folder.commit`.
+    """
+    run_folder.commit(path, keep_last, resumed)
+
+
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a file of `save_checkpoint`; tensors are on the CPU, mapped from the file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or not one of our training checkpoints.
+        FileError: there is no such file, it cannot be read, or is not one of our training
+            checkpoints.
+        DamagedFileError: it is damaged.
     """
     if Path(path).is_dir():
-        raise ValueError(
+        raise FileError(
             f"{path} is a sharded checkpoint: resume it with train_deepspeed.py, or give "
             "another --run-name and start from it with --init-from"
         )
     content = load_torch(Path(path))
     if not is_checkpoint(content):
-        raise ValueError(f"{path} can't be resumed: it has {describe(content)}, not {FORMAT} keys")
-    if (version := content.get("version", 0)) > VERSION:
-        raise ValueError(f"{path} has version {version}, this code reads up to {VERSION}")
+        raise FileError(f"{path} can't be resumed: it has {describe(content)}, not {FORMAT} keys")
+    version = content.get("version", 0)
+    if type(version) is not int or version > VERSION:
+        raise FileError(f"{path} has version {version!r}, this code reads up to {VERSION}")
     if missing := [key for key in CHECKPOINT_KEYS if key not in content]:
-        raise ValueError(f"{path} lacks {missing}, found {sorted(content)}")
+        raise FileError(f"{path} lacks {missing}, found {sorted(map(str, content))}")
+    for name, is_right in _TYPES.items():
+        if not is_right(content[name]):
+            raise FileError(f"{path} is not a checkpoint of ours: its {name} is of another type")
     return content
 
 
-def checkpoint_hash(path: str | Path) -> str:
-    """Return the SHA-256, in hex, of what a path means: a file, a folder's files, a run's last."""
+def _is_state(value: Any) -> bool:
+    """Tell whether a value is a state dict."""
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items()
+    )
+
+
+def _is_rng(value: Any) -> bool:
+    """Tell whether a value is what `process.rng_state` returns."""
+    return _is_state(value) and "cpu" in value
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+# What `load_checkpoint` checks of each entry, so that whoever continues finds what it looks for.
+_TYPES: dict[str, Callable[[Any], bool]] = {
+    "config": _is_dict,
+    "settings": _is_dict,
+    "model": _is_state,
+    "ema": lambda value: value is None or _is_state(value),
+    "optimizer": _is_dict,
+    "scaler": lambda value: value is None or _is_dict(value),
+    "step": lambda value: type(value) is int and value >= 0,
+    "rng": lambda value: isinstance(value, list) and all(map(_is_rng, value)),
+}
+
+
+# ---------------------------------------------------------------- which one, and is it whole
+
+
+def latest_checkpoint(run_dir: str | Path) -> Path | None:
+    """Return the checkpoint that a run would continue from, None if it has none; nothing changes.
+
+    One that is cut short or lacks a part is passed over with a warning. Its bytes are not
+    compared with their checksums: see `verify_checkpoint`.
+
+    Raises:
+        FileError: the last one cannot be read, so it is not known which is the latest; or there
+            are checkpoints, and all are damaged.
+    """
+    return _newest_whole(Path(run_dir), check_complete)[0]
+
+
+def checkpoint_to_resume(run_dir: str | Path) -> Path | None:
+    """Return the newest checkpoint of a run whose checksums are right, None if it has none.
+
+    For the process that goes on to write the run: damaged ones newer than that are renamed to
+    `NAME.HEX.damaged`, so that the run neither writes over nor prunes them.
+
+    Raises:
+        FileError: as `latest_checkpoint`; then nothing is renamed.
+    """
+    found, damaged = _newest_whole(Path(run_dir), verify_checkpoint)
+    for path in damaged:
+        logging.warning("%s is kept as %s", path, run_folder.set_aside(path).name)
+    return found
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """Return the file or folder that a path means now: of a run folder its latest checkpoint.
+
+    A run that is being trained may have another latest checkpoint at the next call, so who loads
+    weights and then names or hashes them calls this once.
+
+    Raises:
+        FileError: as `latest_checkpoint`.
+    """
     path = Path(path)
-    path = (latest_checkpoint(path) or path) if path.is_dir() else path
+    return (latest_checkpoint(path) or path) if path.is_dir() else path
+
+
+def checkpoint_hash(path: str | Path) -> str:
+    """Return the SHA-256, in hex, of a file, or of the hashes of a folder's files.
+
+    Args:
+        path: a run folder means its latest checkpoint, which may change: see `resolve_checkpoint`.
+    """
+    path = resolve_checkpoint(path)
     if path.is_file():
-        with open(path, "rb") as file:
+        with readable(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     files = sorted(file for file in path.rglob("*") if file.is_file())
     return hashlib.sha256("".join(map(checkpoint_hash, files)).encode()).hexdigest()
 
 
-def latest_checkpoint(run_dir: str | Path) -> Path | None:
-    """Return the last checkpoint: a sharded one's folder, else the file written last.
+def verify_checkpoint(path: str | Path) -> None:
+    """Read a checkpoint once and compare it with its checksums, at about 5 GB/s or as disks allow.
 
-    Files without a proper end are skipped.
+    Shares of train_deepspeed.py from before they had checksums are only checked for completeness.
+
+    Raises:
+        DamagedFileError: it is not what was written.
+        FileError: it cannot be read.
     """
-    if (sharded := latest_sharded(run_dir)) is not None:
-        return sharded
-    for path in reversed(_checkpoints(run_dir)):
-        if zipfile.is_zipfile(path):
-            return path
-        logging.warning("%s is damaged, looking for an older checkpoint", path)
-    return None
+    path = Path(path)
+    if path.suffix == ".pt":
+        if not verify_file(path):
+            raise DamagedFileError(f"{path} is damaged: it does not begin as a torch file")
+    else:
+        ShardedCheckpoint(path).verify()
 
 
-def commit_checkpoint(path: Path, keep_last: int) -> None:
-    """Make a checkpoint of a run the latest; then delete the oldest ones.
+def check_complete(path: Path) -> None:
+    """Look whether a checkpoint has a proper end and all its parts, without reading it all.
 
-    Args:
-        path: of the checkpoint; only the process that writes the run may call this.
-        keep_last: number to keep, 0 keeps all; what killed writes left goes too.
+    Raises:
+        DamagedFileError, FileError: as `verify_checkpoint`.
     """
-    mark_latest(path)
-    for leftover in path.parent.glob("*.tmp"):
-        leftover.unlink()
-    for old in _checkpoints(path.parents[1])[:-keep_last] if keep_last else []:
-        old.unlink()
+    if path.suffix == ".pt":
+        check_zip(path)
+    else:
+        ShardedCheckpoint(path)
 
 
-def _checkpoints(run_dir: str | Path) -> list[Path]:
-    """Return the checkpoints of a run in the order of their steps, but the one written last, last.
-
-    It has a lower step than others in a run that went back to an older checkpoint.
-    """
-    folder = Path(run_dir) / "checkpoints"
-    pointer = folder / "latest"
-    latest = pointer.read_text().strip() if pointer.is_file() else ""
-    paths = [path for path in folder.glob("*.pt") if path.stem.isdigit()]
-    return sorted(paths, key=lambda path: (path.name == latest, int(path.stem)))
+def _newest_whole(run_dir: Path, check: Callable[[Path], None]) -> tuple[Path | None, list[Path]]:
+    """Return the first checkpoint that passes a check, and the damaged ones before it."""
+    paths = run_folder.list_checkpoints(run_dir)
+    damaged: list[Path] = []
+    for path in paths:
+        try:
+            check(path)
+        except DamagedFileError as error:
+            if not os.path.lexists(path):  # pruned meanwhile: it was not the latest any more
+                return _newest_whole(run_dir, check)
+            logging.warning("%s; looking for an older checkpoint", error)
+            damaged.append(path)
+        except FileError:
+            if not os.path.lexists(path):
+                return _newest_whole(run_dir, check)
+            raise
+        else:
+            return path, damaged
+    if damaged:
+        raise FileError(
+            f"all {len(damaged)} checkpoints of {run_dir} are damaged, the last is {damaged[0]}; "
+            "give another --run-name, or move them away to start anew"
+        )
+    return None, []
 
 
 # ---------------------------------------------------------------- files
@@ -194,30 +314,37 @@ def save_safetensors(
 
 
 def load_torch(path: Path) -> Any:
-    """Read a torch file without running code from it; tensors are mapped where possible."""
+    """Read a torch file without running code from it; tensors are mapped where possible.
+
+    Raises:
+        FileError: it cannot be read, or would have to run code to be read.
+        DamagedFileError: it is damaged, or no torch file.
+    """
     if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    with open(path, "rb") as file:
+        raise FileError(f"no such file: {path}")
+    with readable(path) as file:
         starts_as_zip = file.read(4) == b"PK\x03\x04"
     is_zip = zipfile.is_zipfile(path)  # looks for the end of the file, which a cut one lacks
     if starts_as_zip and not is_zip:
-        raise ValueError(
-            f"{path} is truncated: {path.stat().st_size} bytes without a zip directory"
-        )
+        check_zip(path)
     try:
         # The published train.py keeps its flags as a Namespace, a plain holder of values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except (OSError, MemoryError):
+    except MemoryError:
         raise
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
             wanted = re.findall(r"GLOBAL (\S+)", str(error))[0]
-            raise ValueError(
+            raise FileError(
                 f"{path} is refused: to read it, Python would have to call {wanted}, and a "
                 "checkpoint may hold only tensors and plain values"
             ) from error
-        raise ValueError(f"{path} is not a readable torch file (damaged?); {ACCEPTED}") from error
+        raise DamagedFileError(
+            f"{path} is not a readable torch file (damaged?); {ACCEPTED}"
+        ) from error
 
 
 def is_checkpoint(content: Any) -> bool:

@@ -11,7 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint import latest_checkpoint
+from checkpoint import (
+    checkpoint_to_resume,
+    latest_checkpoint,
+    resolve_checkpoint,
+    verify_checkpoint,
+)
 from common import process
 from common.errors import FileError, UserError
 from train_settings import WARN_IF_CHANGED, TrainSettings
@@ -29,11 +34,11 @@ def find_resume(settings: TrainSettings) -> Path | None:
         FileError: if a checkpoint, or this node's copy of the run, cannot be read or is not there.
     """
     run_dir, wanted = settings.run_dir, Path(settings.resume)
-    latest = process.from_main(latest_checkpoint(run_dir))
     if settings.resume == "never":
-        if latest is not None:
+        if process.call_on_main(latest_checkpoint, run_dir) is not None:
             raise UserError(f"--resume never: {run_dir} has checkpoints; give another --run-name")
         return None
+    latest = process.call_on_main(checkpoint_to_resume, run_dir)
     if latest is not None and not latest.exists():
         raise FileError(
             f"--results-dir {settings.results_dir}: no {latest} here, but on the main node; "
@@ -41,7 +46,7 @@ def find_resume(settings: TrainSettings) -> Path | None:
         )
     if settings.resume == "auto":
         return latest
-    if latest is not None and process.from_main(_is_of_this_command(latest, settings)):
+    if latest is not None and process.call_on_main(_is_of_this_command, latest, settings):
         logging.warning(
             "%s went back to %s before: going on from %s, its last. To go back once more, give "
             "another --run-name", run_dir, wanted, latest,
@@ -49,6 +54,8 @@ def find_resume(settings: TrainSettings) -> Path | None:
         return latest
     if not wanted.exists():
         raise FileError(f"--resume {wanted}: no such file")
+    wanted = process.call_on_main(resolve_checkpoint, wanted)
+    process.call_on_main(verify_checkpoint, wanted)
     return wanted
 
 

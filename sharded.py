@@ -1,26 +1,26 @@
 """Sharded checkpoints on disk: one file of each rank's share, readable by any number of ranks.
 
-    RUN_DIR/checkpoints/latest                      name of the last whole checkpoint
     RUN_DIR/checkpoints/0001000/state.json          config, settings, step, shapes
     RUN_DIR/checkpoints/0001000/00000.safetensors   what rank 0 held
 
 A share is a set of fragments: `KIND/NAME` is a flat fp32 piece of parameter NAME, and the file's
 metadata tells where in the parameter it starts. KIND is "model", "ema", "exp_avg" or "exp_avg_sq".
-All is written to 0001000.partial, which gets its name when every rank is done; then `latest` is
-replaced. So a folder that has its name is whole, and so is the one that `latest` names.
+All is written to 0001000.HEX.partial, which gets its name when every rank is done, so a folder that
+has its name is whole. Every file carries its checksum, and state.json those of the shares, so that
+shares of two checkpoints never mix.
 
 In order: writing (`write_safetensors`, `write_share`, `write_state`, `commit`), then reading
-(`latest_sharded`, `ShardedCheckpoint`). Nothing here can run code when read, and nothing needs the
-model whole.
+(`ShardedCheckpoint`). Nothing here can run code when read, and nothing needs the model whole.
 """
 
 import json
 import math
 import os
-import shutil
 import struct
+import uuid
+import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +28,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+import run_folder
+from common import process
+from common.errors import FileError
+from common.files import UNSEALED, DamagedFileError, seal, verify_file
+from run_lock import check_not_taken
+
 FORMAT, VERSION = "dit-moe-sharded", 1
 DTYPES = {torch.float32: "F32", torch.uint8: "U8"}
+KINDS = ("model", "ema", "exp_avg", "exp_avg_sq")
+_SEAL = b'"crc32": "'  # what stands before the digits of a file's checksum
 
 
 class Fragment(NamedTuple):
@@ -48,6 +56,8 @@ def write_safetensors(
 ) -> None:
     """Write a .safetensors file tensor by tensor, so that a lazy mapping is never whole in memory.
 
+    It carries its checksum, as after `common.files.seal`.
+
     Args:
         path: to write; not atomic.
         shapes: of all tensors.
@@ -55,7 +65,7 @@ def write_safetensors(
             "rng/".
         metadata: of the file.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **UNSEALED, **metadata}}
     end = 0
     for name, shape in shapes.items():
         code, width = ("U8", 1) if name.startswith("rng/") else ("F32", 4)
@@ -63,20 +73,30 @@ def write_safetensors(
         header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    content = struct.pack("<Q", len(text)) + text
     with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(content)
+        checksum = zlib.crc32(content)
         for name in shapes:
             tensor = tensors[name].detach().cpu()
             tensor = (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
             assert DTYPES[tensor.dtype] == header[name]["dtype"], name
-            file.write(tensor.view(-1).view(torch.uint8).numpy().data)
+            data = tensor.view(-1).view(torch.uint8).numpy().data
+            file.write(data)
+            checksum = zlib.crc32(data, checksum)
+        file.seek(content.index(_SEAL) + len(_SEAL))
+        file.write(f"{checksum:08x}".encode())
         file.flush()
         os.fsync(file.fileno())
 
 
 def partial_folder(run_dir: str | Path, step: int) -> Path:
-    """Return where the checkpoint of a step is written before `commit` gives it its name."""
-    return Path(run_dir) / "checkpoints" / f"{step:07d}.partial"
+    """Return where all ranks write the checkpoint of a step before `commit` gives it its name.
+
+    Called on all ranks at once: the name is that of this save alone.
+    """
+    token = process.from_main(uuid.uuid4().hex[:8])
+    return run_folder.checkpoint_folder(run_dir) / f"{step:07d}.{token}.partial"
 
 
 def write_share(
@@ -94,7 +114,7 @@ def write_share(
         rng: uint8 generator states by device.
 
     Raises:
-        OSError: naming the file.
+        FileError: naming the file that could not be written.
     """
     tensors = {f"rng/{device}": state for device, state in rng.items()}
     starts = {}
@@ -107,57 +127,61 @@ def write_share(
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         write_safetensors(path, shapes, tensors, starts=json.dumps(starts))
     except OSError as error:
-        raise OSError(f"could not write {path}: {error}") from error
+        raise FileError(f"could not write {path}: {error.strerror or error}") from error
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """Write what is the same on all ranks; plain JSON values."""
-    content = {"format": FORMAT, "version": VERSION, **state}
-    _write_text(folder / "state.json", json.dumps(content, indent=2, sort_keys=True))
+    """Write what is the same on all ranks; plain JSON values.
+
+    Raises:
+        FileError: naming the file that could not be written.
+    """
+    content = {"format": FORMAT, "version": VERSION, **state, **UNSEALED}
+    path = folder / "state.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(path, "w") as file:
+            file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        seal(path)
+        with open(path, "rb") as written:
+            os.fsync(written.fileno())
+    except OSError as error:
+        raise FileError(f"could not write {path}: {error.strerror or error}") from error
 
 
-def commit(partial: Path, keep_last: int) -> Path:
+def commit(partial: Path, keep_last: int, resumed: str | None = None) -> Path:
     """Make a checkpoint, whose files are all on disk, the latest; then delete the oldest ones.
 
     Args:
         partial: its folder, see `partial_folder`.
-        keep_last: number to keep, 0 keeps all; what killed writes left goes too.
+        keep_last, resumed: see `run_folder.commit`.
 
     Returns:
         The folder under its final name.
+
+    Raises:
+        FileError: it could not be written.
+        UserError: another process trains this run now; nothing is changed.
     """
-    folder = partial.with_suffix("")
+    folder = partial.with_name(partial.name.split(".")[0])
+    check_not_taken(folder.parents[1])
+    state = json.loads((partial / "state.json").read_text())
+    shares = [_share_path(partial, rank) for rank in range(state["num_ranks"])]
+    write_state(partial, state | {"shares": [_checksum(path) for path in shares]})
     if folder.exists():  # a run that went back to an older checkpoint passes here again
-        shutil.rmtree(folder)
-    os.rename(partial, folder)
-    mark_latest(folder)
-    for leftover in folder.parent.glob("*.partial"):
-        shutil.rmtree(leftover)
-    for old in _folders(folder.parent)[:-keep_last] if keep_last else []:
-        if old != folder:
-            shutil.rmtree(old)
+        run_folder.remove(folder)
+    try:
+        os.rename(partial, folder)
+    except OSError as error:
+        raise FileError(f"could not write {folder}: {error.strerror}") from error
+    run_folder.commit(folder, keep_last, resumed)
     return folder
 
 
-def mark_latest(checkpoint: Path) -> None:
-    """Let `latest` beside a checkpoint name it: a run that went back may hold later steps."""
-    pointer = checkpoint.with_name("latest")
-    temporary = pointer.with_suffix(".tmp")
-    _write_text(temporary, checkpoint.name)
-    os.replace(temporary, pointer)
-
-
-def _folders(checkpoints: Path) -> list[Path]:
-    """Return the whole checkpoints in the order of their steps."""
-    folders = [item for item in checkpoints.glob("*") if item.is_dir() and item.name.isdigit()]
-    return sorted(folders, key=lambda folder: int(folder.name))
-
-
-def _write_text(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+def _checksum(path: Path) -> str | None:
+    """Return the checksum that a .safetensors file carries; None if it carries none."""
+    with safe_open(path, framework="pt") as file:
+        return (file.metadata() or {}).get("crc32")
 
 
 def _share_path(folder: Path, rank: int) -> Path:
@@ -168,15 +192,75 @@ def _share_path(folder: Path, rank: int) -> Path:
 
 
 def latest_sharded(run_dir: str | Path) -> Path | None:
-    """Return the folder that `latest` of a run names, None if there is none."""
-    pointer = Path(run_dir) / "checkpoints" / "latest"
-    if not pointer.is_file():
-        return None
-    folder = pointer.parent / pointer.read_text().strip()
-    if folder.is_dir():
-        return folder
-    folders = _folders(pointer.parent)
-    return folders[-1] if folders else None
+    """Return the folder to continue a run from by its name, None if there is none."""
+    folders = [path for path in run_folder.list_checkpoints(run_dir) if path.suffix != ".pt"]
+    return folders[0] if folders else None
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Read the state.json of a sharded checkpoint; its values are of the types that we write.
+
+    Raises:
+        DamagedFileError: it is missing, cut short, or has values of other types.
+        FileError: it cannot be read, or is of a newer version.
+    """
+    path = folder / "state.json"
+    content = _read_bytes(folder, path.name)
+    try:
+        state = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError(f"{path} is damaged: {error}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise DamagedFileError(f"{path} is damaged: it has no format {FORMAT!r}")
+    for name, (expected, is_right) in _STATE.items():
+        if not is_right(state.get(name)):
+            found = repr(state.get(name, "missing"))[:60]
+            raise DamagedFileError(f"{path} is damaged: {name} is {found}, not {expected}")
+    if state["version"] > VERSION:
+        raise FileError(f"{folder} has version {state['version']}, this code reads up to {VERSION}")
+    if "shares" in state and not (
+        isinstance(state["shares"], list) and len(state["shares"]) == state["num_ranks"]
+    ):
+        raise DamagedFileError(f"{path} is damaged: shares is not a list of num_ranks checksums")
+    return state
+
+
+def _read_bytes(folder: Path, name: str, size: int = -1) -> bytes:
+    """Read the start of a file of a checkpoint."""
+    try:
+        with open(folder / name, "rb") as file:
+            return file.read(size)
+    except FileNotFoundError as error:
+        raise DamagedFileError(f"{folder} is incomplete: no {name}") from error
+    except OSError as error:
+        raise FileError(f"cannot read {folder / name}: {error.strerror}") from error
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _are_shapes(value: Any) -> bool:
+    return _is_dict(value) and all(
+        isinstance(shape, list) and all(map(_is_count, shape)) for shape in value.values()
+    )
+
+
+# What state.json must have: what it is called in an error message, and its check.
+_STATE: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "version": ("a number", _is_count),
+    "config": ("the fields of a model", _is_dict),
+    "settings": ("the flags of a run", _is_dict),
+    "shapes": ("a shape for each name", _are_shapes),
+    "num_ranks": ("a number of ranks", lambda value: _is_count(value) and value > 0),
+    "step": ("a number of steps", _is_count),
+    "adam_step": ("a number of steps", lambda value: isinstance(value, float) and value >= 0),
+    "loss_scale": ("the state of a scaler", _is_dict),
+}
 
 
 class ShardedCheckpoint:
@@ -187,32 +271,65 @@ class ShardedCheckpoint:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Open all shares.
+        """Open all shares; see `verify` for what is in them.
 
         Raises:
-            FileNotFoundError, ValueError: a share is missing or damaged.
+            DamagedFileError: something is missing, cut short or of a wrong type.
+            FileError: something cannot be read, or is of a newer version.
         """
         self.folder = folder
-        self.state = json.loads((folder / "state.json").read_text())
-        if self.state["version"] > VERSION:
-            raise ValueError(
-                f"{folder} has version {self.state['version']}, this code reads up to {VERSION}"
-            )
+        self.state = read_state(folder)
         self.shapes: dict[str, list[int]] = self.state["shapes"]
         self._shares = [self._open(rank) for rank in range(self.state["num_ranks"])]
         self._places: dict[str, list[tuple[int, Any]]] = defaultdict(list)  # start, share
-        for share in self._shares:
-            for name, start in json.loads(share.metadata()["starts"]).items():
-                self._places[name].append((start, share))
+        self._find_places()
 
     def _open(self, rank: int) -> Any:
         path = _share_path(self.folder, rank)
-        if not path.is_file():
-            raise FileNotFoundError(f"{self.folder} is incomplete: no {path.name}")
+        content = _read_bytes(self.folder, path.name, 8)
         try:
-            return safe_open(path, framework="pt")
+            share = safe_open(path, framework="pt")
         except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+            raise DamagedFileError(f"{path} is damaged: {len(content)} bytes, {error}") from error
+        checksum = (share.metadata() or {}).get("crc32")
+        if "shares" in self.state and self.state["shares"][rank] != checksum:
+            raise DamagedFileError(f"{path} is damaged: it is a share of another checkpoint")
+        return share
+
+    def _find_places(self) -> None:
+        """Find out which part of which parameter each share holds; all of it must be there."""
+        found: dict[str, int] = defaultdict(int)  # elements
+        for rank, share in enumerate(self._shares):
+            try:
+                starts = json.loads(share.metadata()["starts"])
+                names = set(share.keys())
+                for name, start in starts.items():
+                    if not _is_count(start) or {f"{kind}/{name}" for kind in KINDS} - names:
+                        raise ValueError(name)
+                    found[name] += share.get_slice(f"model/{name}").get_shape()[0]
+                    self._places[name].append((start, share))
+            except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+                path = _share_path(self.folder, rank)
+                raise DamagedFileError(f"{path} is damaged: it lacks {error}") from error
+        for name, shape in self.shapes.items():
+            if found[name] != (wanted := math.prod(shape)):
+                raise DamagedFileError(
+                    f"{self.folder} is damaged: its shares hold {found[name]} elements of {name}, "
+                    f"whose shape {str(shape)[:60]} has {wanted}"
+                )
+
+    def verify(self) -> None:
+        """Read all files once and compare them with their checksums.
+
+        Those of versions before there were checksums pass.
+
+        Raises:
+            DamagedFileError: one is not what was written.
+            FileError: one cannot be read.
+        """
+        verify_file(self.folder / "state.json")
+        for rank in range(len(self._shares)):
+            verify_file(_share_path(self.folder, rank))
 
     def rng(self, rank: int) -> dict[str, Tensor]:
         """Return the generator states that a rank saved, by device."""

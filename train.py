@@ -144,7 +144,7 @@ class DdpTrainer:
             step=self.step,
             rng=rng,
         )
-        commit_checkpoint(path, self.settings.keep_last)
+        commit_checkpoint(path, self.settings.keep_last, self.settings.resume)
         logging.info("checkpoint: %s", path)
 
     def _scaler_state(self) -> dict[str, float] | None:

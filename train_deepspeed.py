@@ -131,7 +131,8 @@ class DeepSpeedTrainer:
             last = latest_sharded(self.job.run_dir)
             raise FileError(f"{errors[0]}; the last whole checkpoint is {last}, free some space")
         if self.rt.is_main:
-            logging.info("checkpoint: %s", commit(partial, self.settings.keep_last))
+            folder = commit(partial, self.settings.keep_last, self.settings.resume)
+            logging.info("checkpoint: %s", folder)
         process.barrier()
 
     def _state(self) -> dict:

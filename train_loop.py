@@ -20,6 +20,7 @@ from common.stopping import StopRequest
 from data import make_loader
 from reporter import DivergedError, Reporter, grid_path, run_log
 from resume import find_resume
+from run_lock import lock_run
 from train_settings import TrainSettings
 from train_utils import Job, describe, prepare
 
@@ -158,7 +159,7 @@ def launch(
             print(plan(job))
         process.finish()
         return
-    with run_log(job):
+    with lock_run(job.run_dir), run_log(job):
         checkpoint = find_resume(job.settings)
         trainer = make_trainer(job)
         if checkpoint:

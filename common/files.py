@@ -1,9 +1,9 @@
 """Files that are whole or not there, and checksums that tell when one has changed since.
 
-1. `atomic_write`: a file gets its name when it is complete.
+1. `atomic_write`: a file gets its name when it is complete; `readable`: opened, or a `FileError`.
 2. `verify_file`: one call for every kind of file that carries a checksum; `file_crc32` for an index
    that lists the checksums of other files; `UNSEALED` and `seal` for JSON and .safetensors files,
-   which carry their own.
+   which carry their own; `check_zip` for a first look.
 
 A checksum is a CRC-32: it finds every flipped bit and, but for one in four billion, every hole, at
 about 5 GB/s from the page cache with one thread (SHA-256 1 to 2, BLAKE2b 1), so the disk decides.
@@ -20,8 +20,8 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedRandom, BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from common.errors import FileError
 
@@ -33,6 +33,9 @@ _SEAL = re.compile(rb'"crc32": ?"([0-9a-f]{8})"')
 _FIRST_BYTES = {".safetensors": b"{", ".json": b"{", ".pt": b"\x80"}
 _CHUNK = 2**20  # bytes read at a time
 _MAX_HEADER = 2**30  # bytes of JSON that are looked at
+
+
+OpenFile = BufferedReader | BufferedRandom
 
 
 class DamagedFileError(FileError):
@@ -99,6 +102,18 @@ def make_writable(folder: str | Path, flag: str) -> Path:
         raise FileError(f"{flag} {folder} can't be written to: {error.strerror}") from error
 
 
+@contextmanager
+def readable(path: str | Path) -> Iterator[BufferedReader]:
+    """Open a file for reading; what the system refuses becomes a `FileError` that names it."""
+    try:
+        with open(path, "rb") as file:
+            yield file
+    except FileError:
+        raise
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror or error}") from error
+
+
 # ---------------------------------------------------------------- checksums
 
 
@@ -108,7 +123,7 @@ def file_crc32(path: str | Path) -> str:
     Raises:
         FileError: the file cannot be read.
     """
-    with _readable(Path(path)) as file:
+    with readable(Path(path)) as file:
         return f"{_crc32(file):08x}"
 
 
@@ -135,11 +150,8 @@ def verify_file(path: str | Path, expected: str | None = None) -> bool:
         if (found := file_crc32(path)) != expected:
             raise DamagedFileError(f"{path} is damaged: its CRC-32 is {found}, was {expected}")
         return True
-    with _readable(path) as file:
-        is_zip = file.read(4) == b"PK\x03\x04"
-        file.seek(-min(os.fstat(file.fileno()).st_size, 2**16), os.SEEK_END)
-        file.read()  # zipfile takes an I/O error here for "not a zip"
-        if is_zip or zipfile.is_zipfile(file):
+    with readable(path) as file:
+        if _starts_as_zip(file) or zipfile.is_zipfile(file):
             _verify_zip(path, file)
             return True
         found_seal = _find_seal(path, file)
@@ -171,24 +183,12 @@ def seal(path: str | Path) -> None:
         file.write(f"{checksum:08x}".encode())
 
 
-@contextmanager
-def _readable(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for reading; what the system refuses becomes a `FileError` with its name."""
-    try:
-        with open(path, "rb") as file:
-            yield file
-    except FileError:
-        raise
-    except OSError as error:
-        raise FileError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def _crc32(file: BinaryIO, seal_at: int | None = None) -> int:
+def _crc32(file: OpenFile, seal_at: int | None = None) -> int:
     """Return the CRC-32 of an open file, with zeros for the eight digits of its seal."""
     buffer = memoryview(bytearray(_CHUNK))
     file.seek(0)
     checksum = position = 0
-    while size := file.readinto(buffer):  # type: ignore[attr-defined]
+    while size := file.readinto(buffer):
         if seal_at is not None:
             low, high = max(seal_at - position, 0), min(seal_at + 8 - position, size)
             if low < high:
@@ -198,7 +198,7 @@ def _crc32(file: BinaryIO, seal_at: int | None = None) -> int:
     return checksum
 
 
-def _find_seal(path: Path, file: BinaryIO) -> tuple[int, str] | None:
+def _find_seal(path: Path, file: OpenFile) -> tuple[int, str] | None:
     """Return where the digits of a file's checksum begin, and the digits; None if it has none."""
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
@@ -228,19 +228,51 @@ def _find_seal(path: Path, file: BinaryIO) -> tuple[int, str] | None:
     return start + digits.start(1), digits[1].decode()
 
 
-def _verify_zip(path: Path, file: BinaryIO) -> None:
+def check_zip(path: str | Path) -> None:
+    """Look whether a file of `torch.save` has its end, which tells what is in it.
+
+    Raises:
+        DamagedFileError: it was cut short, or does not begin as such a file.
+        FileError: it cannot be read.
+    """
+    path = Path(path)
+    with readable(path) as file:
+        if not _starts_as_zip(file):
+            raise DamagedFileError(f"{path} is damaged: it does not begin as a torch file")
+        if not zipfile.is_zipfile(file):
+            size = os.fstat(file.fileno()).st_size
+            raise DamagedFileError(f"{path} is damaged: cut to {size} bytes, without a directory")
+        with _open_zip(path, file):
+            pass
+
+
+def _starts_as_zip(file: OpenFile) -> bool:
+    """Tell whether a file begins as a zip; its end is read too, for `zipfile`'s sake."""
+    starts = file.read(4) == b"PK\x03\x04"
+    file.seek(-min(os.fstat(file.fileno()).st_size, 2**16), os.SEEK_END)
+    file.read()  # zipfile takes an I/O error here for "not a zip"
+    return starts
+
+
+def _verify_zip(path: Path, file: OpenFile) -> None:
     """Read all records of a zip and compare them with their checksums."""
+    with _open_zip(path, file) as archive:
+        if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+            raise DamagedFileError(f"{path} is no torch file: its records are compressed")
+        if (damaged := archive.testzip()) is not None:
+            raise DamagedFileError(f"{path} is damaged: the checksum of {damaged} is wrong")
+
+
+@contextmanager
+def _open_zip(path: Path, file: OpenFile) -> Iterator[zipfile.ZipFile]:
+    """Open a zip; what is found wrong with it is a `DamagedFileError`."""
     try:
         with zipfile.ZipFile(file) as archive:
-            records = archive.infolist()
-            if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-                raise DamagedFileError(f"{path} is no torch file: its records are compressed")
-            damaged = archive.testzip()
+            yield archive
+    except zipfile.BadZipFile as error:
+        size = os.fstat(file.fileno()).st_size
+        raise DamagedFileError(f"{path} is damaged: {size} bytes, {error}") from error
     except OSError:
         raise
     except Exception as error:  # zipfile has no common class for what it finds wrong
-        raise DamagedFileError(
-            f"{path} is damaged: {os.fstat(file.fileno()).st_size} bytes, {error}"
-        ) from error
-    if damaged is not None:
-        raise DamagedFileError(f"{path} is damaged: the checksum of {damaged} is wrong")
+        raise DamagedFileError(f"{path} is damaged: {error}") from error

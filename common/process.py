@@ -7,6 +7,7 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -214,6 +215,24 @@ def from_main(value: Any) -> Any:
     if dist.is_initialized():
         dist.broadcast_object_list(shared)
     return shared[0]
+
+
+def call_on_main(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function on the main process; every rank returns what it returns.
+
+    Raises:
+        ValueError, OSError: on every rank, what the function raised.
+    """
+    outcome: tuple[Any, Exception | None] = (None, None)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            outcome = (function(*arguments), None)
+        except (ValueError, OSError) as error:
+            outcome = (None, error)
+    result, failure = from_main(outcome)
+    if failure is not None:
+        raise failure
+    return result
 
 
 def gather_on_main(value: Any) -> list[Any]:
