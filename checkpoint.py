@@ -162,10 +162,9 @@ def _is_dict(value: Any) -> bool:
     return isinstance(value, dict)
 
 
-# What `load_checkpoint` checks of each entry, so that whoever continues finds what it looks for.
+# What `load_checkpoint` checks of each entry, so that whoever continues finds what it looks for;
+# config and settings are checked by those who read them.
 _TYPES: dict[str, Callable[[Any], bool]] = {
-    "config": _is_dict,
-    "settings": _is_dict,
     "model": _is_state,
     "ema": lambda value: value is None or _is_state(value),
     "optimizer": _is_dict,

@@ -44,7 +44,7 @@ def save_as(layout: str, folder: Path, state: dict[str, Tensor], config: Any = T
         (folder / "config.json").write_text(json.dumps(fields))
         return folder
     content = {"model": state, "ema": None, "settings": SETTINGS, "config": fields}
-    empty = dict.fromkeys(("optimizer", "scaler", "step", "rng"))
+    empty: dict[str, Any] = {"optimizer": {}, "scaler": None, "step": 0, "rng": []}
     torch.save({"format": "dit-moe", "version": 1, **content, **empty}, folder / "x.pt")
     return folder / "x.pt"
 
