@@ -52,21 +52,20 @@ def test_a_node_without_the_main_nodes_checkpoint_says_so(
 ) -> None:
     elsewhere = checkpoint_path(tmp_path / "elsewhere", 5)
     here = settings_of()
-    monkeypatch.setattr(process, "from_main", lambda _: elsewhere)
+    monkeypatch.setattr(process, "call_on_main", lambda *_: elsewhere)
     with pytest.raises(FileError, match=r"--results-dir results: no .*must share it"):
         find_resume(here)
 
 
 @pytest.mark.parametrize("resume", ["auto", "never"])
 def test_checkpoints_that_cannot_be_read_never_start_a_run_anew(
-    resume: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    resume: str, tmp_path: Path
 ) -> None:
-    def refuse(run_dir: Path) -> Path:
-        raise FileError(f"{run_dir} has checkpoints, but none can be read")
-
-    monkeypatch.setattr("resume.latest_checkpoint", refuse)
     settings = settings_of("--results-dir", str(tmp_path), "--resume", resume)
-    with pytest.raises(FileError, match=r"run has checkpoints, but none can be read"):
+    path = checkpoint_path(settings.run_dir, 5)
+    path.parent.mkdir(parents=True)
+    path.symlink_to("/proc/self/mem")  # reading its start is an I/O error
+    with pytest.raises(FileError, match=rf"cannot read {path}: Input/output error"):
         find_resume(settings)
 
 
