@@ -40,6 +40,7 @@ from common.files import (
 )
 from layouts import StateDict
 from models import DiTConfig
+from run_lock import check_not_taken
 from sharded import ShardedCheckpoint
 
 FORMAT, VERSION = "dit-moe", 1
@@ -88,7 +89,8 @@ def save_checkpoint(
         rng: one entry per rank, of tensors and plain Python values.
 
     Raises:
-        OSError: not written (disk full, no permission); what had this name before is untouched.
+        FileError: not written (disk full, no permission); what had this name before is untouched.
+        UserError: another process trains this run now; nothing is changed.
         ValueError: an entry is of a type that `load_checkpoint` would refuse.
     """
     content = {
@@ -108,6 +110,7 @@ def save_checkpoint(
             torch.save(content, file)
         if refused := torch.serialization.get_unsafe_globals_in_checkpoint(str(temp)):
             raise ValueError(f"{path}: not written, it could not be read back safely: {refused}")
+        check_not_taken(Path(path).parent.parent)
 
 
 def commit_checkpoint(path: Path, keep_last: int, resumed: str | None = None) -> None:

@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from checkpoint import checkpoint_path, commit_checkpoint, load_checkpoint, save_checkpoint
 from common import process
-from common.errors import FileError, one_line_errors
+from common.errors import one_line_errors
 from reporter import draw_grid
 from resume import check_resumable, restore_rng
 from train_loop import (
@@ -119,17 +119,10 @@ class DdpTrainer:
         """Write the checkpoint of this step, with every rank's RNG, then drop the oldest ones.
 
         Raises:
-            FileError: on all ranks, if the main one could not write; the last one is untouched.
+            UserError: on all ranks, if the main one could not write; the last one is untouched.
         """
         rng = process.gather_on_main(process.rng_state())
-        error = None
-        if self.rt.is_main:
-            try:
-                self._write(rng)
-            except OSError as failure:
-                error = str(failure)
-        if error := process.from_main(error):
-            raise FileError(error)
+        process.call_on_main(self._write, rng)
 
     def _write(self, rng: list[dict[str, Tensor]]) -> None:
         path = checkpoint_path(self.job.run_dir, self.step)

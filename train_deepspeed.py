@@ -108,7 +108,7 @@ class DeepSpeedTrainer:
         """Write the checkpoint of this step, every rank its share, then drop the oldest ones.
 
         Raises:
-            FileError: on all ranks, if one could not write; the last checkpoint is untouched.
+            UserError: on all ranks, if one could not write; the last checkpoint is untouched.
         """
         partial = partial_folder(self.job.run_dir, self.step)
         flat = {"model": self.engine.flat, "ema": self.ema} | {
@@ -130,10 +130,8 @@ class DeepSpeedTrainer:
                 shutil.rmtree(partial, ignore_errors=True)
             last = latest_sharded(self.job.run_dir)
             raise FileError(f"{errors[0]}; the last whole checkpoint is {last}, free some space")
-        if self.rt.is_main:
-            folder = commit(partial, self.settings.keep_last, self.settings.resume)
-            logging.info("checkpoint: %s", folder)
-        process.barrier()
+        kept = (self.settings.keep_last, self.settings.resume)
+        logging.info("checkpoint: %s", process.call_on_main(commit, partial, *kept))
 
     def _state(self) -> dict:
         """Return what is the same on all ranks."""

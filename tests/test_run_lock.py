@@ -125,6 +125,10 @@ def test_a_run_that_lost_its_lock_changes_nothing(tmp_path: Path) -> None:
         write_lock(tmp_path, host="far", machine="far away")
         with pytest.raises(UserError, match=r"on far .*this run stops"):
             commit_checkpoint(ours, keep_last=1)
+        before = theirs.read_bytes()
+        with pytest.raises(UserError, match=r"on far .*this run stops"):
+            save_tiny(theirs, seed=5)
+        assert theirs.read_bytes() == before
     assert theirs.exists() and ours.with_name("latest").read_text() == "0000001.pt\n"
     assert lock_path(tmp_path).exists()  # it is the other one's
 
