@@ -24,13 +24,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import checkpoint_hash, latest_checkpoint
-from class_images import first_of_each, open_pictures, open_with_classes
 from common import process
 from common.errors import FileError, UserError, blamed_on, one_line_errors, printable
 from common.files import make_writable
 from common.flags import FlagParser, flag, number, sampling_flags, sampling_options
 from common.labels import label_numbers
 from data import VAE, ImageDataset
+from data.class_images import first_of_each, open_pictures, open_with_classes
 from data.latent_cache import vae_identity
 from diffusion import Diffusion
 from routing import RoutingRecorder
@@ -78,7 +78,7 @@ def build_parser() -> FlagParser:
     )
     data.add(
         "--num-per-class",
-        type=number(int, 1, 10**9),
+        type=number(int, 1),
         default=50,
         metavar="N",
         help="Number of images of each class.",
@@ -87,7 +87,7 @@ def build_parser() -> FlagParser:
         "--traced-samples",
         "--raw-samples",
         "--raw_samples",
-        type=number(int, 0, 10**9),
+        type=number(int, 0),
         default=10,
         metavar="N",
         help="Number of images of which picture and every choice are kept, for --by sample.",
@@ -115,9 +115,7 @@ def build_parser() -> FlagParser:
 
     drawing_flags(parser, quantize=False, offload=False)
     sampling = sampling_flags(parser)
-    sampling.add(
-        "--max-batches", type=number(int, 1, 10**9), metavar="N", help="Stop after N per rank."
-    )
+    sampling.add("--max-batches", type=number(int, 1), metavar="N", help="Stop after N per rank.")
     return parser
 
 

@@ -44,14 +44,14 @@ def build_parser() -> FlagParser:
     report.add("--out", default="results/routing.html", help="Page to write, .html.")
     report.add(
         "--max-pictures",
-        type=number(int, 0, 10**9),
+        type=number(int, 0),
         default=20,
         metavar="N",
         help="Number of pictures in the page, at most.",
     )
     report.add(
         "--max-steps",
-        type=number(int, 1, 10**9),
+        type=number(int, 1),
         default=50,
         metavar="N",
         help="Number of steps shown over a picture, at most.",

@@ -75,7 +75,7 @@ def add_figure_flags(parser: FlagParser, out: str) -> None:
     data.add(
         "--layers",
         nargs="+",
-        type=number(int, 0, 10**9),
+        type=number(int, 0),
         metavar="L",
         help="Numbers of the layers to draw. Default: all.",
     )

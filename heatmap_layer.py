@@ -48,6 +48,7 @@ from routing import normalized_mutual_information
 from routing_data import HALVES, RoutingData
 
 MAP_INCHES = 0.6  # of one layer and expert
+MIN_INCHES = 4.5  # width that a title needs
 MAX_SAMPLE_LAYERS = 8  # rows of the strip unless --layers says otherwise
 
 MAX_LEGEND_ROWS = 24
@@ -67,7 +68,7 @@ def build_parser() -> FlagParser:
     layer.add("--by", choices=list(FIGURES), default="step", help="What to draw, see above.")
     layer.add(
         "--sample",
-        type=number(int, 0, 10**9),
+        type=number(int, 0),
         default=0,
         metavar="I",
         help="Number of the picture of --by sample.",
@@ -135,7 +136,8 @@ def by_map(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
     side = math.isqrt(T)
     cell = side + max(side // 8, 1)  # a gap between maps
     blocks = np.array_split(np.arange(L), max(1, round(math.sqrt(L / E))))  # side by side
-    size = (len(blocks) * (E * MAP_INCHES + 0.5) + 0.8, len(blocks[0]) * MAP_INCHES + 1.3)
+    width = len(blocks) * (E * MAP_INCHES + 0.5) + 0.8
+    size = (max(width, MIN_INCHES), max(len(blocks[0]) * MAP_INCHES, 1.0) + 1.3)
     figure, axes = plt.subplots(1, len(blocks), figsize=size, squeeze=False, layout="constrained")
     colors = plt.get_cmap(LOAD_COLORS).with_extremes(bad="0.3")
     for axis, block in zip(axes.flat, blocks, strict=True):

@@ -24,19 +24,22 @@ rows for the parts of a copy).
 
 import argparse
 import math
-import sys
+import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.flags import FlagParser, dtype_flag, flag, model_size, number
+from common import process
+from common.errors import FileError, UserError, blamed_on, one_line_errors, printable
+from common.flags import FlagParser, dtype_flag, flag, model_size, number, seed
 from common.process import DTYPES
-from hub import save_folder
+from hub import check_new, save_folder
 from layouts import block_index, by_block, known_fields
 from models import DiT_models, DiTBlock, DiTConfig
 from weights import Weights, add_pos_embed, open_weights, page_out, place
@@ -46,86 +49,177 @@ def build_parser() -> FlagParser:
     """Return the parser of this script's flags."""
     parser = FlagParser(__doc__)
     data = parser.group("Data")
-    data.add("--ckpt", required=True, help="dense DiT or DiT-MoE: published, diffusers or ours")
-    data.add("--out", required=True, help="folder to write, must not exist")
-    data.add("--ema", default=True, **flag, help="averaged weights")
-    data.add("--dtype", **dtype_flag, help="of the new weights; default: as the source")
-    data.add("--model", **model_size(DiT_models), help="size of a published file, for its heads")
-    data.add("--num-heads", type=number(int, 1), help="for files that do not tell")
+    data.add(
+        "--ckpt",
+        required=True,
+        metavar="PATH",
+        help="Dense DiT or DiT-MoE to start from: published, diffusers or ours.",
+    )
+    data.add("--out", required=True, metavar="FOLDER", help="Folder to write; must not exist.")
+    data.add("--ema", default=True, **flag, help="Take the averaged weights.")
+    data.add("--dtype", **dtype_flag, help="Type of the new weights. Default: as the source.")
+    data.add(
+        "--model", **model_size(DiT_models), help="Size of a published file, which tells its heads."
+    )
+    data.add(
+        "--num-heads", type=number(int, 1), metavar="N", help="Likewise, for files of other sizes."
+    )
 
     moe = parser.group("MoE")
-    moe.add("--num-experts", type=number(int, 1), default=8, help="E, routed experts")
-    moe.add("--num-experts-per-tok", type=number(int, 1), help="K; default 2 G, or the MoE's own G")
-    moe.add("--granularity", type=number(int, 1), default=1, help="G, finer experts per copy")
-    moe.add("--num-shared-experts", type=number(int, 0), help="width / D; default 0, the MoE's own")
+    moe.add("--num-experts", type=number(int, 1), default=8, metavar="E", help="Number of experts.")
     moe.add(
-        "--shared", choices=["zero", "split"], default="zero", help="zero output or own neurons"
+        "--num-experts-per-tok",
+        type=number(int, 1),
+        metavar="K",
+        help="Experts that a token uses. Default: 2 G of a dense source, else the source's K x G.",
     )
-    moe.add("--noise", type=number(float, 0), default=0.0, help="std, relative to the weights'")
-    moe.add("--noise-share", type=number(float, 0, 1), default=0.5, help="of weights with noise")
-    moe.add("--router-scale", type=number(float, 0), default=64.0, help="of a MoE's copies")
-    moe.add("--seed", type=number(int, 0), default=0, help="of router, noise and shared expert")
-    moe.add("--check-tokens", type=number(int, 0), default=64, help="compared per block; 0 = none")
+    moe.add(
+        "--granularity",
+        type=number(int, 1),
+        default=1,
+        metavar="G",
+        help="Number of finer experts that each copy is cut into.",
+    )
+    moe.add(
+        "--num-shared-experts",
+        type=number(int, 0),
+        metavar="N",
+        help="Width of the shared expert of a dense source, in D. Default: 0.",
+    )
+    moe.add(
+        "--shared",
+        choices=["zero", "split"],
+        default="zero",
+        help="The shared expert begins with an output of zero, or with neurons of the source.",
+    )
+    moe.add(
+        "--noise",
+        type=number(float, 0, 1000),
+        default=0.0,
+        metavar="STD",
+        help="Standard deviation of noise on the copies, relative to that of the weights.",
+    )
+    moe.add(
+        "--noise-share",
+        type=number(float, 0, 1),
+        default=0.5,
+        metavar="SHARE",
+        help="Share of the weights that get noise.",
+    )
+    moe.add(
+        "--router-scale",
+        type=number(float, 0, 10**6),
+        default=64.0,
+        metavar="LENGTH",
+        help="Length of the directions that tell a MoE's copies apart.",
+    )
+    moe.add("--seed", type=seed, default=0, metavar="N", help="Seed of all that is random.")
+    moe.add(
+        "--check-tokens",
+        type=number(int, 0, 100_000),
+        default=64,
+        metavar="M",
+        help="Random tokens on which the old and the new MLP of each block are compared; 0 = none.",
+    )
     return parser
+
+
+# ------------------------------------------------------------------------------ the plan
+
+
+class Plan(NamedTuple):
+    """What becomes of the source's experts."""
+
+    num_experts_per_tok: int
+    num_shared_experts: int
+    width: int  # of a copy before it is cut, in neurons
 
 
 def plan_config(args: argparse.Namespace, source: DiTConfig) -> DiTConfig:
     """Return the config of the result.
 
     Raises:
-        ValueError: naming the flag that does not fit the source.
+        UserError: naming the flag that does not fit the source.
     """
     parts = args.granularity
     units = max(source.num_experts, 1) * parts
     if args.num_experts % units:
-        raise ValueError(
+        raise UserError(
             f"--num-experts {args.num_experts} must be a multiple of {units}: the source's experts "
             f"({max(source.num_experts, 1)}) x --granularity {parts}"
         )
-    width = source.mlp_hidden_size
-    if source.num_experts:
-        active = source.num_experts_per_tok * parts
-        if args.num_experts_per_tok not in (None, active):
-            raise ValueError(
-                f"--num-experts-per-tok {args.num_experts_per_tok}: a source with "
-                f"{source.num_experts_per_tok} active experts and --granularity {parts} gives "
-                f"{active}; leave the flag out"
-            )
-        if args.num_shared_experts not in (None, source.num_shared_experts):
-            raise ValueError(
-                f"--num-shared-experts {args.num_shared_experts}: the source has "
-                f"{source.num_shared_experts} and keeps them; leave the flag out"
-            )
-        shared = source.num_shared_experts
-    else:
-        active = args.num_experts_per_tok or min(2 * parts, args.num_experts)
-        shared = args.num_shared_experts or 0
-        if active % parts or active > args.num_experts:
-            raise ValueError(
-                f"--num-experts-per-tok {active} must be a multiple of --granularity {parts} and "
-                f"at most --num-experts {args.num_experts}"
-            )
-        if args.shared == "split":
-            width -= shared * source.hidden_size
-            if not shared or width <= 0:
-                raise ValueError(
-                    f"--shared split with --num-shared-experts {shared}: expected 1 to "
-                    f"{math.ceil(source.mlp_ratio) - 1}, as the source's MLP is "
-                    f"{source.mlp_ratio:g} D wide"
-                )
-    if width % (8 * parts):  # see DiTConfig
-        raise ValueError(
-            f"--granularity {parts} does not divide the {width} neurons of an MLP into experts "
-            "whose width is a multiple of 8"
+    plan = plan_mixture(args, source) if source.num_experts else plan_dense(args, source)
+    if plan.width % (8 * parts):  # see DiTConfig
+        raise UserError(
+            f"--granularity {parts} does not divide the {plan.width} neurons of an MLP into "
+            "experts whose width is a multiple of 8"
         )
-    return replace(
-        source,
-        num_experts=args.num_experts,
-        num_experts_per_tok=active,
-        num_shared_experts=shared,
-        norm_topk_prob=source.norm_topk_prob if source.num_experts else True,
-        mlp_ratio=width / parts / source.hidden_size,
-    )
+    with blamed_on(f"--ckpt {args.ckpt}"):
+        return replace(
+            source,
+            num_experts=args.num_experts,
+            num_experts_per_tok=plan.num_experts_per_tok,
+            num_shared_experts=plan.num_shared_experts,
+            norm_topk_prob=source.norm_topk_prob if source.num_experts else True,
+            mlp_ratio=plan.width / parts / source.hidden_size,
+        )
+
+
+def plan_mixture(args: argparse.Namespace, source: DiTConfig) -> Plan:
+    """Return what becomes of a MoE, which keeps all but the number of its experts."""
+    active = source.num_experts_per_tok * args.granularity
+    if args.num_experts_per_tok not in (None, active):
+        raise UserError(
+            f"--num-experts-per-tok {args.num_experts_per_tok}: a source with "
+            f"{source.num_experts_per_tok} active experts and --granularity {args.granularity} "
+            f"gives {active}; leave the flag out"
+        )
+    if args.num_shared_experts not in (None, source.num_shared_experts):
+        raise UserError(
+            f"--num-shared-experts {args.num_shared_experts}: the source has "
+            f"{source.num_shared_experts} and keeps them; leave the flag out"
+        )
+    return Plan(active, source.num_shared_experts, source.mlp_hidden_size)
+
+
+def plan_dense(args: argparse.Namespace, source: DiTConfig) -> Plan:
+    """Return what becomes of a dense network, which the flags decide."""
+    parts, width = args.granularity, source.mlp_hidden_size
+    active = args.num_experts_per_tok or min(2 * parts, args.num_experts)
+    shared = args.num_shared_experts or 0
+    if active % parts or active > args.num_experts:
+        raise UserError(
+            f"--num-experts-per-tok {active} must be a multiple of --granularity {parts} and "
+            f"at most --num-experts {args.num_experts}"
+        )
+    if args.shared == "split":
+        width -= shared * source.hidden_size
+        if not shared or width <= 0:
+            raise UserError(
+                f"--shared split with --num-shared-experts {shared}: expected 1 to "
+                f"{math.ceil(source.mlp_ratio) - 1}, as the source's MLP is "
+                f"{source.mlp_ratio:g} D wide"
+            )
+    return Plan(active, shared, width)
+
+
+def check_room(config: DiTConfig, args: argparse.Namespace) -> None:
+    """Refuse experts that no memory holds a block of, or no disk all of.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    matrices = 3 if config.mlp_type == "swiglu" else 2
+    itemsize = DTYPES[args.dtype].itemsize if args.dtype else 2  # at least
+    size = config.num_experts + config.num_shared_experts
+    block = size * matrices * config.hidden_size * config.mlp_hidden_size * itemsize
+    process.check_memory(block, f"--num-experts {args.num_experts}, of which one block")
+    free = shutil.disk_usage(Path(args.out).absolute().parent).free
+    if config.depth * block > free:
+        raise FileError(
+            f"--out {args.out}: the experts take {config.depth * block / 1e9:,.1f} GB, "
+            f"{free / 1e9:,.1f} are free there"
+        )
 
 
 # ------------------------------------------------------------------------------ one MLP
@@ -187,11 +281,10 @@ def write_experts(
     A part gets 1 / parts of its copy's weight, so `down` is `parts` times as large; the biases of
     the parts, with those weights, add up to the bias.
     """
-    num_experts, width = config.num_experts, config.mlp_hidden_size
-    repeats = num_experts // len(mlps)
+    num_copies, width = config.num_experts // (len(mlps) * parts), config.mlp_hidden_size
 
     def stack(*shape: int) -> Tensor:
-        return torch.empty(num_experts, *shape, dtype=dtype)
+        return torch.empty(len(mlps), num_copies, parts, *shape, dtype=dtype)
 
     down = stack(config.hidden_size, width)
     if config.mlp_type == "gelu":
@@ -200,17 +293,18 @@ def write_experts(
         names = {"up_proj": inputs[0], "up_bias": inputs[1], "down_proj": down, "down_bias": bias}
     else:
         gate_up = stack(2 * width, config.hidden_size)
-        inputs = list(gate_up.chunk(2, dim=1))  # views
+        inputs = list(gate_up.chunk(2, dim=3))  # views
         names = {"gate_up_proj": gate_up, "down_proj": down}
-    for expert in range(num_experts):
-        start = expert % parts * width
-        neurons = mlps[expert // repeats].select(start, start + width)
-        for target, tensor in zip(inputs, neurons.inputs, strict=True):
-            copy(target[expert], tensor)
-        copy(down[expert], neurons.down, scale=parts)
-        if neurons.bias is not None:
-            copy(bias[expert], neurons.bias)
-    return {f"moe.experts.{name}": tensor for name, tensor in names.items()}
+    for e, mlp in enumerate(mlps):
+        for c in range(num_copies):
+            for g in range(parts):
+                part = mlp.select(g * width, (g + 1) * width)
+                for target, tensor in zip(inputs, part.inputs, strict=True):
+                    copy(target[e, c, g], tensor)
+                copy(down[e, c, g], part.down, scale=parts)
+                if part.bias is not None:
+                    copy(bias[e, c, g], part.bias)
+    return {f"moe.experts.{name}": tensor.flatten(0, 2) for name, tensor in names.items()}
 
 
 def write_shared(
@@ -257,16 +351,18 @@ def write_router(
     if rows is None:
         num_copies = config.num_experts // parts
         bound = 1 / math.sqrt(config.hidden_size)  # kaiming-uniform with a = sqrt 5
-        draws = torch.rand(num_copies, config.hidden_size, generator=generator)
-        return ((draws * 2 - 1) * bound).repeat_interleave(parts, dim=0)
-    num_copies = config.num_experts // (len(rows) * parts)
-    directions = torch.zeros(num_copies, config.hidden_size)
-    if num_copies > 1:
-        directions = torch.randn(num_copies, config.hidden_size, generator=generator)
-        directions -= directions.mean(dim=0)  # what copies have in common decides nothing
-        directions *= scale / directions.norm(dim=1, keepdim=True)
-    router = rows.float()[:, None] + directions  # (E_0, C, D)
-    return router.flatten(0, 1).repeat_interleave(parts, dim=0)
+        draws = torch.rand(1, num_copies, config.hidden_size, generator=generator)
+        by_copy = (draws * 2 - 1) * bound  # (1, C, D)
+    else:
+        num_copies = config.num_experts // (len(rows) * parts)
+        directions = torch.zeros(num_copies, config.hidden_size)
+        if num_copies > 1:
+            directions = torch.randn(num_copies, config.hidden_size, generator=generator)
+            directions -= directions.mean(dim=0)  # what copies have in common decides nothing
+            directions *= scale / directions.norm(dim=1, keepdim=True)
+        by_copy = rows.float()[:, None] + directions  # (E_0, C, D)
+    by_part = by_copy[:, :, None].expand(-1, -1, parts, -1)  # (E_0, C, G, D)
+    return by_part.flatten(0, 2)
 
 
 # ------------------------------------------------------------------------------ a whole model
@@ -355,10 +451,11 @@ def upcycle(weights: Weights, args: argparse.Namespace) -> tuple[DiTConfig, list
         The config of the result, and by how much each block's MLP differs (`mlp_difference`).
 
     Raises:
-        ValueError: a flag does not fit the source.
-        FileExistsError: there is something at `args.out`.
+        UserError: a flag does not fit the source, or its weights are no numbers.
+        FileError: there is something at `args.out`, or it can't be written.
     """
     config = plan_config(args, weights.config)
+    check_room(config, args)
     differences: list[float] = []
     # Fused tensors, as experts of published files, are copies: what they were made of is paged out
     # too. A safetensors mapping needs none of this, it maps each tensor when it is read.
@@ -376,8 +473,9 @@ def upcycle(weights: Weights, args: argparse.Namespace) -> tuple[DiTConfig, list
                 continue
             prefix = f"blocks.{index}."
             old = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-            generator = torch.Generator().manual_seed(args.seed * 10_000 + index)
+            generator = torch.Generator().manual_seed((args.seed * 10_000 + index) % 2**64)
             new = upcycle_block(old, weights.config, config, args, generator)
+            check_numbers(new, f"{weights.path}: block {index}")
             if args.check_tokens:
                 tokens = torch.randn(args.check_tokens, config.hidden_size, generator=generator)
                 difference = mlp_difference(old, weights.config, new, config, tokens)
@@ -387,22 +485,32 @@ def upcycle(weights: Weights, args: argparse.Namespace) -> tuple[DiTConfig, list
             bar.update()
             yield {prefix + name: tensor for name, tensor in new.items()}
 
-    settings = {**weights.settings, "upcycled_from": str(args.ckpt)}
+    settings = {**weights.settings, "upcycled_from": str(weights.path)}
     with tqdm(total=config.depth, desc="upcycle", unit="block") as bar:
         save_folder(args.out, blocks(), config, settings)
     return config, differences
 
 
+def check_numbers(tensors: dict[str, Tensor], where: str) -> None:
+    """Refuse a block that would draw nothing but noise or black.
+
+    Raises:
+        UserError: a weight is NaN, or larger than its type can say.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{where}: {name} has weights that are no {tensor.dtype} numbers")
+
+
 def main(args: argparse.Namespace) -> None:
     """Upcycle and say how exactly."""
+    check_new(args.out)
     known = known_fields(args.model, num_heads=args.num_heads)
-    try:
-        weights = open_weights(args.ckpt, ema=args.ema, known=known)
-        config, differences = upcycle(weights, args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"upcycle.py: error: {error}")
+    weights = open_weights(args.ckpt, ema=args.ema, known=known)
+    config, differences = upcycle(weights, args)
     print(
-        f"{args.out}: {config.num_experts} experts, {config.num_experts_per_tok} active, "
+        printable(f"{args.out}: {config.num_experts} experts, ")
+        + f"{config.num_experts_per_tok} active, "
         f"{config.num_shared_experts} shared, each {config.mlp_ratio:g} D wide"
     )
     if differences:
@@ -414,4 +522,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(build_parser().parse_args())
+    with one_line_errors():
+        main(build_parser().parse_args())

@@ -16,7 +16,7 @@ import pytest
 import torch
 from launch import REPO, Process, torchrun
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 import expert_data
 from checkpoint import save_safetensors
@@ -199,6 +199,34 @@ def test_tables_take_no_more_room_for_more_images(ckpt: str, data: RoutingData, 
     assert more.images_done == 2 * data.images_done
     for name in (*ADDED, "raw_ids", "raw_images"):
         assert getattr(more, name).shape == getattr(data, name).shape
+
+
+class FixedRouter(nn.Module):
+    """No `TopKRouter`, but it returns a `Routing`: token m has experts m % E and (m + 1) % E."""
+
+    def __init__(self, hidden_size: int, num_experts: int, *_: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_experts, hidden_size))
+
+    def forward(self, x: Tensor) -> Routing:
+        first = torch.arange(len(x)) % E
+        chosen = torch.stack([first, (first + 1) % E], dim=1)
+        weights = torch.tensor([0.75, 0.25]).expand(len(x), K)
+        probs = torch.zeros(len(x), E).scatter_(1, chosen, weights)
+        return Routing(chosen, weights, probs, torch.zeros(()))
+
+
+def test_any_router_that_returns_a_routing_is_counted(
+    ckpt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.TopKRouter", FixedRouter)
+    data = count(ckpt, tmp_path / "a.npz")
+    images = data.images_done
+    assert data.by_patch[0, :, 0].tolist() == [
+        [images * STEPS * (expert in (patch, (patch + 1) % E)) for expert in range(E)]
+        for patch in range(T)
+    ]
+    assert data.raw_ids[0, 0, 0].tolist() == [[m, (m + 1) % E] for m in range(T)]
 
 
 # ------------------------------------------------------------------------------ ranks, merges

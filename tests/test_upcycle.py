@@ -1,16 +1,21 @@
 """Upcycled networks give the source's output, train apart, and never leave half a folder."""
 
 import dataclasses
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
+from launch import REPO
 from torch import Tensor
 
 import upcycle
 from checkpoint import save_safetensors
+from common.errors import FileError, UserError
 from layouts import to_published
 from models import DiT, DiTConfig, GeluExperts
 from train_settings import build_parser as training_parser
@@ -288,3 +293,66 @@ def test_flags_that_do_not_fit_are_named(
     with pytest.raises(ValueError, match=message):
         run(path, tmp_path / "out", *flags)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_fits_no_memory_or_no_disk_is_refused_before_a_byte_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(random_model(TINY), tmp_path / "moe4.safetensors")
+    with pytest.raises(UserError, match="--num-experts 1000000000, of which one block needs"):
+        run(path, tmp_path / "out", "--num-experts", "1000000000")
+    free = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: free)
+    with pytest.raises(FileError, match=r"--out .*out: the experts take 0\.0 GB, 0\.0 are free"):
+        run(path, tmp_path / "out", "--num-experts", "8")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("value", "flags", "message"),
+    [
+        (float("nan"), (), "NaN|no torch.float32 numbers"),
+        (1e5, ("--dtype", "float16"), "block 1: moe.experts.down_proj .* no torch.float16 numbers"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_not_copied(
+    tmp_path: Path, value: float, flags: tuple[str, ...], message: str
+) -> None:
+    source = random_model(TINY)
+    with torch.no_grad():
+        moe(source, 1).experts.down_proj[3, 2, 1] = value
+    path = save(source, tmp_path / "moe4.safetensors")
+    with pytest.raises(UserError, match=message):
+        run(path, tmp_path / "out", *flags)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_command_says_in_one_line_what_is_wrong(tmp_path: Path) -> None:
+    path = save(random_model(TINY), tmp_path / "moe4.safetensors")
+    (tmp_path / "file").write_text("mine")
+    for arguments, said in (
+        (("--out", str(tmp_path / "file")), "exists already"),
+        (("--out", str(tmp_path / "file" / "out")), str(tmp_path / "file")),
+        (("--out", str(tmp_path / "out"), "--num-experts", "6"), "must be a multiple of 4"),
+        (("--out", str(tmp_path / "out"), "--router-scale", "inf"), "inf is not in"),
+        (("--out", str(tmp_path / "out"), "--seed", "99999999999999999999"), "--seed"),
+    ):
+        command = [sys.executable, "upcycle.py", "--ckpt", str(path), *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=REPO)
+        assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+        assert said in result.stderr
+    assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "out").exists()
+
+
+def test_parts_lie_where_the_formula_says(tmp_path: Path) -> None:
+    """Expert (e C + c) G + g is part g of copy c of expert e."""
+    source = random_model(TINY)
+    path = save(source, tmp_path / "moe4.safetensors")
+    run(path, tmp_path / "out", "--num-experts", "16", "--granularity", "2")
+    old, new = moe(source).experts.down_proj, moe(load_model(tmp_path / "out")).experts.down_proj
+    C, G, F = 2, 2, old.shape[2] // 2
+    for e in range(4):
+        for c in range(C):
+            for g in range(G):
+                part = new[(e * C + c) * G + g]
+                assert torch.equal(part, G * old[e, :, g * F : (g + 1) * F])

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from common.errors import UserError
-from data import ImageDataset, TensorImages, load_dataset
+from data.datasets import ImageDataset, TensorImages, load_dataset
 from data.image_files import read_square
 
 MAX_LISTED = 10  # class names in an error message
