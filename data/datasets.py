@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from common.errors import FileError, UserError
 from common.network import why_unreachable
 from common.quiet import silence_torchao, silence_worker_count
+from common.stopping import ignore_signals
 from data.image_files import UnreadableImageError, list_classes, read_square
 from data.latent_index import cache_index
 
@@ -485,6 +486,7 @@ def make_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else it draws from, and so shifts, the global RNG
+        worker_init_fn=ignore_signals,  # a run that is told to stop finishes its step first
     )
     return TrainLoader(fetched)
 

@@ -58,13 +58,20 @@ def save_tiny_vae(folder: Path) -> Path:
 class Process:
     """A command that runs in the repository, its output in a file."""
 
-    def __init__(self, command: list[str], log: Path, port: str | None = None) -> None:
+    def __init__(
+        self, command: list[str], log: Path, port: str | None = None, *, own_group: bool = False
+    ) -> None:
         self.log = log
         # torchrun's own variable: the published one-node command gives no port.
         environment = os.environ | {"PET_MASTER_PORT": port or free_port(), "PYTHONPATH": str(REPO)}
         with open(log, "w") as output:
             self.popen = subprocess.Popen(
-                command, cwd=REPO, env=environment, stdout=output, stderr=subprocess.STDOUT
+                command,
+                cwd=REPO,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=own_group,
             )
 
     def wait(self, seconds: float = TIMEOUT_SECONDS) -> str:
