@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -118,7 +119,7 @@ def test_a_second_interrupt_ends_at_once_but_not_the_launchers_echo_of_the_first
 
 
 def test_one_place_decides_about_tf32_for_every_script() -> None:
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
     for backend in backends:
         backend.allow_tf32 = False
     process.pick_device()
