@@ -34,7 +34,7 @@ from data.class_images import first_of_each, open_pictures, open_with_classes
 from data.latent_cache import vae_identity
 from diffusion import Diffusion
 from routing import RoutingRecorder
-from routing_data import (
+from routing.tables import (
     ADDED,
     FORMAT,
     MEANINGS,

@@ -3,7 +3,7 @@
     python expert_report.py --data results/routing.npz --out results/routing.html
 
 The file holds the data and plotly.js: it needs no server and no network. `#layer=3&step=10` behind
-its address opens it there. The page itself is expert_report.html.
+its address opens it there. The page itself is routing/report.html.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from plotly.offline import get_plotlyjs
 from common.errors import FileError, one_line_errors, printable
 from common.files import atomic_write, make_writable
 from common.flags import FlagParser, number
-from figures import FAINT, LOAD_COLORS, OVERLAY, expert_colors, relative_load
-from routing_data import (
+from routing.figures import FAINT, LOAD_COLORS, OVERLAY, expert_colors, relative_load
+from routing.tables import (
     FACTORS,
     HALVES,
     MEANINGS,
@@ -32,7 +32,7 @@ from routing_data import (
 )
 
 NOTHING = 65535  # the page draws no colour there
-TEMPLATE = Path(__file__).with_name("expert_report.html")
+TEMPLATE = Path(__file__).with_name("routing") / "report.html"
 TITLE = b"<title>What the experts learned</title>"  # every report has it
 
 

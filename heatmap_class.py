@@ -13,7 +13,8 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 
 from common.errors import one_line_errors, printable
 from common.flags import FlagParser
-from figures import (
+from routing import normalized_mutual_information
+from routing.figures import (
     add_figure_flags,
     check_out,
     figure_title,
@@ -25,8 +26,7 @@ from figures import (
     relative_load,
     save_figure,
 )
-from routing import normalized_mutual_information
-from routing_data import RoutingData
+from routing.tables import RoutingData
 
 
 def build_parser() -> FlagParser:

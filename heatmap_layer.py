@@ -24,7 +24,8 @@ from matplotlib.patheffects import withStroke
 
 from common.errors import UserError, one_line_errors, printable
 from common.flags import FlagParser, number
-from figures import (
+from routing import normalized_mutual_information
+from routing.figures import (
     LOAD_COLORS,
     OVERLAY,
     TITLE_SIZE,
@@ -44,8 +45,7 @@ from figures import (
     save_figure,
     wrap,
 )
-from routing import normalized_mutual_information
-from routing_data import HALVES, RoutingData
+from routing.tables import HALVES, RoutingData
 
 MAP_INCHES = 0.6  # of one layer and expert
 MIN_INCHES = 4.5  # width that a title needs

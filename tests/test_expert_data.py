@@ -32,7 +32,7 @@ from routing import (
     normalized_mutual_information,
     pair_usage,
 )
-from routing_data import ADDED, RoutingData, format_table, measure, measure_all, merge
+from routing.tables import ADDED, RoutingData, format_table, measure, measure_all, merge
 
 TINY = DiTConfig(
     input_size=8,  # digits

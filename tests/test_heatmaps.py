@@ -18,7 +18,8 @@ import expert_report
 import heatmap_class
 import heatmap_layer
 from common.errors import FileError, UserError
-from figures import (
+from models import DiTConfig
+from routing.figures import (
     FAINT,
     LOAD_COLORS,
     OVERLAY,
@@ -28,8 +29,7 @@ from figures import (
     save_figure,
     tick_step,
 )
-from models import DiTConfig
-from routing_data import FORMAT, VERSION, RoutingData
+from routing.tables import FORMAT, VERSION, RoutingData
 
 KINDS = list(heatmap_layer.FIGURES)
 CHROMIUM = shutil.which("chromium")

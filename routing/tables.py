@@ -27,7 +27,7 @@ from common import process
 from common.errors import FileError, UserError, printable
 from common.files import atomic_write
 from models import DiTConfig
-from routing import (
+from routing.counting import (
     dead_experts,
     load_entropy,
     max_violation,

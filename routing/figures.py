@@ -18,7 +18,7 @@ from matplotlib.colors import TwoSlopeNorm, to_hex, to_rgb
 from common.errors import FileError, UserError
 from common.files import atomic_write, make_writable
 from common.flags import FlagParser, number
-from routing_data import HALVES, RoutingData, refuse_foreign
+from routing.tables import HALVES, RoutingData, refuse_foreign
 
 mpl.use("Agg")
 mpl.rcParams["text.parse_math"] = False  # a class may be called "$5"
