@@ -115,15 +115,15 @@ class NaiveMoE(nn.Module):
             shared.gate_up_proj.weight, shared.down_proj.weight
         )
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map (N, T, D) tokens to ((N, T, D), aux_loss ())."""
+    def forward(self, x: Tensor, is_null: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Map (N, T, D) tokens as `MoE` does."""
         tokens = x.flatten(0, 1)  # (M, D)
-        routing = self.router(tokens)
-        tokens = tokens.to(compute_dtype(self.router.weight))
+        routing = self.router(x, is_null)
+        tokens = tokens.to(compute_dtype(self.router.matrix))
         out = (self._by_masks if self.training else self._by_segments)(tokens, routing)
         if self.shared_experts is not None:
             out = out + self.shared_experts(tokens)
-        return out.view_as(x), routing.aux_loss
+        return out.view_as(x), routing.aux_losses
 
     def _by_masks(self, tokens: Tensor, routing: Routing) -> Tensor:
         weights = routing.expert_weights.to(tokens.dtype)  # (M, K)
@@ -283,7 +283,7 @@ class TrainingStep:
         latents, y = random_batch(self.config, images, self.device, seed)
         with watch.part("forward"), precision.autocast(self.device):
             out = self.diffusion.training_loss(self.model, latents, y)
-            loss = out.per_sample.mean() + 0.005 * out.aux_loss
+            loss = out.per_sample.mean() + 0.005 * sum(out.aux_losses.values())
         with watch.part("backward"):
             loss.backward()
         with watch.part("optimizer"):

@@ -99,12 +99,15 @@ def read_settings(content: Any, source: str | Path) -> dict[str, Any]:
 def _expect(value: Any, kind: type, name: str, source: str | Path) -> Any:
     """Return a value of a type; an int is a float too, but a bool is no number."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+    kinds = (list, tuple) if kind is tuple else kind  # JSON has lists only
+    fits = isinstance(value, kinds) and isinstance(value, bool) == (kind is bool)
     if kind is object or fits or (kind is float and is_number):
         return value
     text = json.dumps(value, default=str)
     shown = text if len(text) <= 40 else f"{text[:37]}..."
-    expected = {"dict": "an object", "list": "a list", "str": "a text"}.get(kind.__name__, "")
+    expected = {"dict": "an object", "list": "a list", "tuple": "a list", "str": "a text"}.get(
+        kind.__name__, ""
+    )
     raise FileError(
         f"{source}: {name + ' ' if name else ''}{shown} is not {expected or kind.__name__}"
     )

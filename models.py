@@ -25,7 +25,18 @@ from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_ops import exact_linear, gelu_experts, swiglu, swiglu_experts
+from moe_ops import (
+    exact_linear,
+    gather_over_ranks,
+    gelu_experts,
+    num_ranks,
+    rank,
+    sum_over_ranks,
+    swiglu,
+    swiglu_experts,
+)
+
+BALANCE_TERMS = ("switch", "contrastive", "z_loss", "bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,15 +62,28 @@ class DiTConfig:
     norm_topk_prob: bool = False  # scale the K router weights of a token to sum to 1
     learn_sigma: bool = True  # twice the output channels; DDPM reads them as the variance
     qk_norm: bool = False
+    qk_norm_eps: float = 1e-6
     mlp_type: Literal["swiglu", "gelu"] = (
         "swiglu"  # "gelu" has biases, as in the dense DiT; of experts too
     )
+    # The mixture as choices that do not depend on each other; the defaults are DiT-MoE's.
+    affinity: Literal["softmax", "sigmoid", "cosine"] = "softmax"  # of a token to an expert
+    selection: Literal["token_choice", "expert_choice", "batch_choice"] = "token_choice"
+    capacity: float = 0.0  # where experts choose, the mean K; 0: num_experts_per_tok
+    exact_thresholds: bool = False  # batch choice samples by thresholds alone, not by counts
+    routed_scaling_factor: float = 1.0  # of all router weights
+    balance: tuple[str, ...] = ("switch",)  # any of BALANCE_TERMS
+    unconditional_expert: bool = False  # one more expert; it alone serves images without a class
+    moe_blocks: Literal["all", "every_second", "deep_half"] = "all"  # the others are dense
+    first_k_dense_replace: int = 0  # the first blocks, dense too
+    dense_mlp_ratio: float = 4.0  # width of those blocks' MLP / D
 
     def __post_init__(self) -> None:
         def require(ok: bool, message: str) -> None:
             if not ok:
                 raise ValueError(f"DiTConfig: {message}")
 
+        object.__setattr__(self, "balance", tuple(self.balance))  # JSON has lists
         positive = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads")
         for name in (*positive, "num_classes"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
@@ -103,6 +127,74 @@ class DiTConfig:
             self.mlp_type in ("swiglu", "gelu"),
             f"mlp_type={self.mlp_type!r} must be 'swiglu' or 'gelu'",
         )
+        self._check_mixture(require)
+
+    def _check_mixture(self, require: Callable[[bool, str], None]) -> None:
+        """Refuse choices that are out of range or mean nothing together."""
+        choices = {
+            "affinity": ("softmax", "sigmoid", "cosine"),
+            "selection": ("token_choice", "expert_choice", "batch_choice"),
+            "moe_blocks": ("all", "every_second", "deep_half"),
+        }
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            require(value in allowed, f"{name}={value!r} must be one of {', '.join(allowed)}")
+        for term in self.balance:
+            known = ", ".join(BALANCE_TERMS)
+            require(term in BALANCE_TERMS, f"balance={self.balance}: {term!r} is none of {known}")
+        for name in ("routed_scaling_factor", "dense_mlp_ratio", "qk_norm_eps"):
+            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
+        first, selection = self.first_k_dense_replace, f"selection={self.selection!r}"
+        require(
+            0 <= first < self.depth,
+            f"first_k_dense_replace={first} must be in [0, depth={self.depth})",
+        )
+        require(
+            first == 0 or self.moe_blocks == "all",
+            f"first_k_dense_replace={first} needs moe_blocks='all', not {self.moe_blocks!r}",
+        )
+        require(
+            self.moe_blocks == "all" or self.num_experts > 0,
+            f"moe_blocks={self.moe_blocks!r} means nothing with num_experts=0",
+        )
+        require(
+            self.moe_blocks != "every_second" or self.depth > 1,
+            f"moe_blocks='every_second' leaves no mixture with depth={self.depth}",
+        )
+        require(
+            not self.unconditional_expert or self.num_experts > 0,
+            "unconditional_expert=True means nothing with num_experts=0",
+        )
+        by_token, of_batch = self.selection == "token_choice", self.selection == "batch_choice"
+        require(
+            self.capacity == 0 or not by_token,
+            f"capacity={self.capacity} means nothing with {selection}, whose experts do not "
+            "choose: give num_experts_per_tok",
+        )
+        require(
+            0 <= self.capacity <= self.num_experts,
+            f"capacity={self.capacity} must be in [0, num_experts={self.num_experts}]",
+        )
+        require(
+            not self.exact_thresholds or of_batch,
+            f"exact_thresholds=True means nothing with {selection}: only 'batch_choice' has them",
+        )
+        require(
+            not (self.unconditional_expert and of_batch),
+            f"unconditional_expert=True does not go with {selection}, whose share of the batch "
+            "would depend on its labels",
+        )
+        for term in ("switch", "bias"):
+            require(
+                by_token or term not in self.balance,
+                f"balance={self.balance}: {term!r} means nothing with {selection}, whose load "
+                "is even",
+            )
+        require(
+            self.affinity != "cosine" or "z_loss" not in self.balance,
+            f"balance={self.balance}: 'z_loss' means nothing with affinity='cosine', which has "
+            "no logits",
+        )
 
     @property
     def null_label(self) -> int:
@@ -123,6 +215,29 @@ class DiTConfig:
     def mlp_hidden_size(self) -> int:
         """F, the hidden width of one routed expert or of the dense MLP."""
         return round(self.hidden_size * self.mlp_ratio)
+
+    @property
+    def dense_hidden_size(self) -> int:
+        """Hidden width of the MLP of a block without a mixture."""
+        mixed = self.num_experts > 0
+        return round(self.hidden_size * self.dense_mlp_ratio) if mixed else self.mlp_hidden_size
+
+    @property
+    def experts_per_token(self) -> float:
+        """K, or where experts choose, its mean."""
+        return self.capacity or self.num_experts_per_tok
+
+    @property
+    def num_all_experts(self) -> int:
+        """E, the unconditional expert, which is the last one, included."""
+        return self.num_experts + self.unconditional_expert
+
+    def is_moe_block(self, index: int) -> bool:
+        """Say whether the block of this index, from 0, has a mixture rather than one MLP."""
+        if self.moe_blocks == "every_second":
+            return index % 2 == 1
+        first = self.depth // 2 if self.moe_blocks == "deep_half" else self.first_k_dense_replace
+        return self.num_experts > 0 and index >= first
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain Python values, ready for JSON."""
@@ -200,8 +315,8 @@ class LabelEmbedder(nn.Module):
         table = torch.empty(num_classes + 1, hidden_size)
         self.embedding_table = nn.Embedding.from_pretrained(table, freeze=False)
 
-    def forward(self, y: Tensor, drop_mask: Tensor | None = None) -> Tensor:
-        """Map (N,) labels to (N, D).
+    def drop_labels(self, y: Tensor, drop_mask: Tensor | None = None) -> Tensor:
+        """Replace (N,) labels that are dropped by the null label.
 
         Args:
             y: (N,) int64, in [0, num_classes].
@@ -209,9 +324,11 @@ class LabelEmbedder(nn.Module):
         """
         if drop_mask is None and self.training and self.dropout_prob > 0:
             drop_mask = torch.rand(y.shape, device=y.device) < self.dropout_prob
-        if drop_mask is not None:
-            y = torch.where(drop_mask, self.null_label, y)
-        return self.embedding_table(y)
+        return y if drop_mask is None else torch.where(drop_mask, self.null_label, y)
+
+    def forward(self, y: Tensor, drop_mask: Tensor | None = None) -> Tensor:
+        """Map (N,) labels to (N, D); arguments as in `drop_labels`."""
+        return self.embedding_table(self.drop_labels(y, drop_mask))
 
 
 # ------------------------------------------------------------------------------ attention
@@ -225,12 +342,15 @@ class Attention(nn.Module):
     where they take 0.7 of the time.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, qk_norm: bool, qk_norm_eps: float = 1e-6
+    ) -> None:
         super().__init__()
         self.num_heads, self.head_dim = num_heads, hidden_size // num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.q_norm = nn.LayerNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        norm = partial(nn.LayerNorm, self.head_dim, eps=qk_norm_eps)
+        self.q_norm = norm() if qk_norm else nn.Identity()
+        self.k_norm = norm() if qk_norm else nn.Identity()
         self.proj = nn.Linear(hidden_size, hidden_size)
         self.use_flash_attn = False  # set by DiT.use_flash_attn
 
@@ -258,56 +378,343 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Routing(NamedTuple):
-    """Router decision for M tokens."""
+    """Router decision for M tokens of S slots each: K if tokens choose, E if experts do.
 
-    expert_indices: Tensor  # (M, K) int64, in [0, E)
-    expert_weights: Tensor  # (M, K) fp32, in (0, 1]: the probs, or with norm_topk_prob their share
+    E counts all experts, the unconditional one, the last, included.
+    """
+
+    expert_indices: Tensor  # (M, S) int64, in [0, E]; E is an empty slot
+    expert_weights: Tensor  # (M, S) fp32: the affinities or their shares; 0 in empty slots
     probs: Tensor  # (M, E) fp32, rows sum to 1
-    aux_loss: Tensor  # () fp32, 1.0 when every expert gets the same load; 0 outside training
+    aux_losses: dict[str, Tensor]  # () fp32 each, unweighted; none outside training
+    num_rows: int | None  # None: no slot is empty; else no more than this are filled
 
 
-def load_balancing_loss(probs: Tensor, expert_indices: Tensor) -> Tensor:
+def token_affinity(kind: str, tokens: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """Say how well each token suits each expert.
+
+    Args:
+        kind: "softmax", "sigmoid" or "cosine".
+        tokens: (M, D) fp32.
+        weight: (E, D) fp32, rows of a linear map, or the experts' prototypes.
+
+    Returns:
+        (M, E) each: logits, or cosines; affinities; and the same as shares, rows that sum to 1.
+    """
+    if kind == "cosine":
+        scores = exact_linear(F.normalize(tokens, dim=-1), F.normalize(weight, dim=-1))
+        return scores, scores, scores.softmax(dim=-1)
+    logits = exact_linear(tokens, weight)
+    if kind == "softmax":
+        probs = logits.softmax(dim=-1)
+        return logits, probs, probs
+    scores = logits.sigmoid()
+    return logits, scores, scores / scores.sum(dim=-1, keepdim=True)
+
+
+def best_tokens(scores: Tensor, k: int) -> Tensor:
+    """Let every expert choose: mark the k largest of (..., T, E) scores along T."""
+    best = scores.detach().topk(k, dim=-2, sorted=False).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-2, best, True)
+
+
+def most_probable(scores: Tensor, counts: Tensor) -> Tensor:
+    """Mark the counts[e] largest scores of each expert: (M, E) and (E,) to (M, E)."""
+    order = scores.argsort(dim=0, descending=True, stable=True)
+    ranks = torch.arange(len(scores), device=scores.device)[:, None].expand_as(order)
+    return torch.empty_like(order).scatter_(0, order, ranks) < counts
+
+
+def normalize_weights(kind: str, scores: Tensor, filled: Tensor) -> Tensor:
+    """Scale the affinities (M, S) of a token's filled slots to sum to 1.
+
+    Cosines may be negative, so theirs are the shares of a softmax, as for "softmax" itself.
+    """
+    if kind == "cosine":
+        least = torch.finfo(scores.dtype).min
+        return scores.masked_fill(~filled, least).softmax(dim=-1) * filled
+    scores = scores * filled
+    return scores / scores.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+
+
+def load_balancing_loss(
+    probs: Tensor, expert_indices: Tensor, routed: Tensor | None = None, pooled: bool = False
+) -> Tensor:
     """Auxiliary loss that pushes the router towards an even load: E * sum_e f_e * P_e.
 
     Args:
         probs: (M, E) router probabilities; gradients flow through these only.
         expert_indices: (M, K) experts actually chosen.
+        routed: (M,) bool, tokens that count; all if absent.
+        pooled: take loads and probabilities of all ranks' tokens.
 
     Returns:
         () fp32, unweighted. 1.0 for an even load, E if one expert takes everything.
 
     Source: Switch Transformer, arXiv:2101.03961, sec. 2.2, counting all K choices.
     """
-    num_experts = probs.shape[-1]
-    load = F.one_hot(expert_indices.flatten(), num_experts).float().mean(dim=0)  # f: (E,)
-    importance = probs.mean(dim=0)  # P: (E,)
+    num_experts, k = probs.shape[-1], expert_indices.shape[-1]
+    chosen = F.one_hot(expert_indices.flatten(), num_experts).float()  # (M * K, E)
+    routed_choices = None if routed is None else routed.repeat_interleave(k)
+    load = masked_mean(chosen, routed_choices, pooled)  # f: (E,)
+    importance = masked_mean(probs, routed, pooled)  # P: (E,)
     return num_experts * (load * importance).sum()
 
 
-class TopKRouter(nn.Module):
-    """Choose K of E experts for each token: softmax over all experts, then top-K."""
+def router_z_loss(logits: Tensor, routed: Tensor | None = None, pooled: bool = False) -> Tensor:
+    """Auxiliary loss that keeps (M, E) logits small: the mean of logsumexp(logits)^2.
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_experts: int,
-        num_experts_per_tok: int,
-        norm_topk_prob: bool = False,
-    ) -> None:
+    Source: ST-MoE, arXiv:2202.08906, eq. 5.
+    """
+    return masked_mean(logits.logsumexp(dim=-1).square(), routed, pooled)
+
+
+def contrastive_loss(
+    prototypes: Tensor, sums: Tensor, counts: Tensor, temperature: float = 0.07
+) -> Tensor:
+    """Auxiliary loss that pulls each expert's prototype to the mean of its tokens.
+
+    L = -mean_i log softmax_j(cos(p_i, m_j) / tau) at j = i, over the experts that have tokens.
+
+    Args:
+        prototypes: p, (E, D).
+        sums: (..., E, D), of the tokens routed to each expert, not detached; m = sums / counts.
+        counts: (..., E).
+        temperature: tau.
+
+    Returns:
+        (...) fp32, unweighted: log E when all means agree, 0 where fewer than two experts have
+        tokens.
+
+    Source: ProMoE, arXiv:2510.24711, eq. 6.
+    """
+    active = counts > 0
+    means = sums / counts.clamp(min=1)[..., None]
+    cosines = F.normalize(prototypes, dim=-1) @ F.normalize(means, dim=-1).transpose(-2, -1)
+    logits = (cosines / temperature).masked_fill(~active[..., None, :], -torch.inf)  # (..., i, j)
+    own = (cosines / temperature).diagonal(dim1=-2, dim2=-1)
+    losses = torch.where(active, logits.logsumexp(dim=-1) - own, 0.0)  # (..., E)
+    num_active = active.sum(dim=-1)
+    return torch.where(num_active > 1, losses.sum(dim=-1) / num_active.clamp(min=1), 0.0)
+
+
+def masked_mean(values: Tensor, mask: Tensor | None, pooled: bool) -> Tensor:
+    """Average (M, ...) over the tokens of the (M,) mask, if one is given.
+
+    Args:
+        pooled: over those of all ranks.
+    """
+    if mask is None:
+        mean = values.mean(dim=0)
+        return sum_over_ranks(mean) / num_ranks() if pooled else mean
+    weights = mask.float().view(-1, *[1] * (values.dim() - 1))
+    total, count = (values * weights).sum(dim=0), weights.sum()
+    if pooled:
+        total, count = sum_over_ranks(total), sum_over_ranks(count)
+    return total / count.clamp(min=1)
+
+
+class CapacityPredictor(nn.Module):
+    """Foretells from a token alone which experts of the batch will choose it.
+
+    Source: DiffMoE, arXiv:2503.14487, sec. 3.3.
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int) -> None:
         super().__init__()
-        self.num_experts, self.num_experts_per_tok = num_experts, num_experts_per_tok
-        self.norm_topk_prob = norm_topk_prob
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.fc1 = nn.Linear(hidden_size, hidden_size)
+        self.fc2 = nn.Linear(hidden_size, num_experts)
 
-    def forward(self, x: Tensor) -> Routing:
-        """Route (M, D) tokens, in float32: bfloat16 logits tie and flip choices between experts."""
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map (M, D) fp32 to (M, E) logits, in float32; the tokens get no gradient."""
+        hidden = exact_linear(tokens.detach(), self.fc1.weight.float()) + self.fc1.bias.float()
+        return exact_linear(F.silu(hidden), self.fc2.weight.float()) + self.fc2.bias.float()
+
+
+class TopKRouter(nn.Module):
+    """Choose the experts of each token by affinity, and weigh them.
+
+    A token chooses its best K experts; or an expert the best T/E * capacity tokens of each image;
+    or of the batch, which in sampling, where a batch is any batch, a predictor and thresholds
+    replace. What is not trained, biases and thresholds, moves by `update_state`.
+
+    Source: arXiv:2407.11633, sec. 2.2; EC-DiT, arXiv:2410.02098; DiffMoE, arXiv:2503.14487;
+    ProMoE, arXiv:2510.24711; loss-free balance, arXiv:2408.15664.
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config, self.num_experts = config, config.num_all_experts
+        self.expert_bias: Tensor
+        self.thresholds: Tensor
+        self.pooled = True  # statistics are all ranks', see DiT.use_rank_statistics
+        self.seen: dict[str, Tensor] = {}  # sums over the training forwards since `update_state`
+        weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.register_parameter("prototypes" if config.affinity == "cosine" else "weight", weight)
+        if "bias" in config.balance:
+            self.register_buffer("expert_bias", torch.zeros(config.num_experts))
+        if config.selection == "batch_choice":
+            self.capacity_predictor = CapacityPredictor(config.hidden_size, config.num_experts)
+            self.register_buffer("thresholds", torch.zeros(config.num_experts))
+
+    def forward(self, x: Tensor, is_null: Tensor | None = None) -> Routing:
+        """Route (N, T, D) tokens, in float32: bfloat16 logits tie and flip choices between experts.
+
+        Args:
+            is_null: (N,) bool, images without a class; none if absent.
+        """
         with torch.autocast(x.device.type, enabled=False):
-            probs = exact_linear(x.float(), self.weight.float()).softmax(dim=-1)  # (M, E)
-        weights, indices = probs.topk(self.num_experts_per_tok, dim=-1, sorted=False)
-        if self.norm_topk_prob:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-        aux_loss = load_balancing_loss(probs, indices) if self.training else probs.new_zeros(())
-        return Routing(indices, weights, probs, aux_loss)
+            return self._route(x.float(), is_null)
+
+    def _route(self, x: Tensor, is_null: Tensor | None) -> Routing:
+        config, tokens = self.config, x.flatten(0, 1)  # (M, D)
+        logits, scores, probs = token_affinity(config.affinity, tokens, self.matrix.float())
+        aux_losses: dict[str, Tensor] = {}
+        if config.selection == "token_choice":
+            biased = scores + self.expert_bias.float() if "bias" in config.balance else scores
+            indices = biased.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
+            weights, num_rows = scores.gather(1, indices), None
+        else:
+            chosen, num_rows = self._choose_tokens(
+                scores.view(*x.shape[:2], -1), tokens, aux_losses
+            )
+            experts = torch.arange(config.num_experts, device=x.device)
+            indices, weights = torch.where(chosen, experts, self.num_experts), scores * chosen
+        if config.norm_topk_prob:
+            weights = normalize_weights(config.affinity, weights, indices < self.num_experts)
+        if config.routed_scaling_factor != 1.0:
+            weights = weights * config.routed_scaling_factor
+        has_class = None if is_null is None else ~is_null
+        if self.training:
+            aux_losses |= self._balance(x, logits, probs, indices, has_class)
+        if not config.unconditional_expert:
+            return Routing(indices, weights, probs, aux_losses, num_rows)
+        if has_class is None:
+            has_class = x.new_ones(len(x), dtype=torch.bool)
+        routing = Routing(indices, weights, probs, aux_losses, num_rows)
+        return self._spare_unconditional(routing, has_class)
+
+    @property
+    def matrix(self) -> Tensor:
+        """(E, D): the rows of the linear map, or the prototypes."""
+        name = "prototypes" if self.config.affinity == "cosine" else "weight"
+        return self.get_parameter(name)
+
+    def _choose_tokens(
+        self, scores: Tensor, tokens: Tensor, aux_losses: dict[str, Tensor]
+    ) -> tuple[Tensor, int]:
+        """Let the experts choose by (N, T, E) scores: (M, E) choices, and a bound of their number.
+
+        Args:
+            tokens: (M, D) fp32.
+            aux_losses: where the capacity predictor's loss is put in training.
+        """
+        num_images, num_tokens, num_experts = scores.shape
+        share = self.config.experts_per_token / num_experts  # of the tokens, for each expert
+        if self.config.selection == "expert_choice":
+            k = max(1, math.floor(num_tokens * share))
+            return best_tokens(scores, k).flatten(0, 1), num_images * num_experts * k
+        scores, predicted = scores.flatten(0, 1), self.capacity_predictor(tokens)  # (M, E) both
+        if not self.training:
+            above = predicted.sigmoid() > self.thresholds.float()
+            exact = self.config.exact_thresholds
+            return above if exact else most_probable(scores, above.sum(dim=0)), above.numel()
+        both = torch.cat([scores, predicted.sigmoid()], dim=1).detach()
+        pooled = self.pooled and num_ranks() > 1
+        both = gather_over_ranks(both) if pooled else both
+        k = max(1, math.floor(len(both) * share))
+        every = best_tokens(both[:, :num_experts], k)
+        start = rank() * len(scores) if pooled else 0
+        chosen = every[start : start + len(scores)]
+        self._see("thresholds", both[:, num_experts:].topk(k, dim=0).values.amin(dim=0))
+        loss = F.binary_cross_entropy_with_logits(predicted, chosen.float())
+        aux_losses["capacity"] = loss
+        return chosen, num_experts * min(k, len(scores))
+
+    def _balance(
+        self,
+        x: Tensor,
+        logits: Tensor,
+        probs: Tensor,
+        indices: Tensor,
+        has_class: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """Return the balance losses of routed tokens, and see their load."""
+        balance, pooled = self.config.balance, self.pooled and num_ranks() > 1
+        routed = None
+        if self.config.unconditional_expert and has_class is not None:
+            routed = has_class.repeat_interleave(x.shape[1])  # (M,)
+        losses: dict[str, Tensor] = {}
+        if "switch" in balance:
+            losses["switch"] = load_balancing_loss(probs, indices, routed, pooled)
+        if "z_loss" in balance:
+            losses["z_loss"] = router_z_loss(logits, routed, pooled)
+        if "contrastive" in balance:
+            losses["contrastive"] = self._contrast(x, indices, has_class, pooled)
+        if "bias" in balance:
+            chosen = F.one_hot(indices, self.config.num_experts).sum(dim=1)  # (M, E)
+            load = chosen.sum(dim=0) if routed is None else (chosen * routed[:, None]).sum(dim=0)
+            self._see("load", load)
+        return losses
+
+    def _contrast(
+        self, x: Tensor, indices: Tensor, has_class: Tensor | None, pooled: bool
+    ) -> Tensor:
+        """Return the contrastive loss of images with a class, each by itself if experts choose."""
+        num_experts, prototypes = self.config.num_experts, self.matrix.float()
+        chosen = x.new_zeros(len(indices), self.num_experts + 1).scatter(1, indices, 1.0)
+        chosen = chosen[:, :num_experts].view(*x.shape[:2], num_experts)  # (N, T, E)
+        if has_class is not None:
+            chosen = chosen * has_class[:, None, None]
+        if self.config.selection == "expert_choice":
+            losses = contrastive_loss(prototypes, chosen.transpose(1, 2) @ x, chosen.sum(dim=1))
+            return masked_mean(losses, has_class, pooled)
+        sums, counts = chosen.flatten(0, 1).T @ x.flatten(0, 1), chosen.sum(dim=(0, 1))
+        if pooled:
+            sums, counts = sum_over_ranks(sums), sum_over_ranks(counts)
+        return contrastive_loss(prototypes, sums, counts)
+
+    def _spare_unconditional(self, routing: Routing, has_class: Tensor) -> Routing:
+        """Send the tokens of images without a class (N,) to the last expert, with weight 1."""
+        num_slots, last = routing.expert_indices.shape[1], self.num_experts - 1
+        num_tokens = len(routing.expert_indices) // len(has_class)
+        routed = has_class.repeat_interleave(num_tokens)[:, None]  # (M, 1)
+        is_first = torch.arange(num_slots, device=routed.device) == 0  # (S,)
+        only = torch.where(is_first, last, self.num_experts)
+        num_rows = routing.num_rows
+        if num_rows is not None:  # an image's tokens, or what the experts chose of them
+            num_rows = max(num_rows, len(routing.expert_indices))
+        elif num_slots > 1:
+            num_rows = routing.expert_indices.numel()
+        return Routing(
+            torch.where(routed, routing.expert_indices, only),
+            torch.where(routed, routing.expert_weights, is_first.float()),
+            torch.cat([routing.probs * routed, (~routed).float()], dim=1),
+            routing.aux_losses,
+            num_rows,
+        )
+
+    def _see(self, name: str, value: Tensor) -> None:
+        """Add up what `update_state` needs, over micro-batches."""
+        value = torch.cat([value.detach().float(), value.new_ones(1).float()])
+        self.seen[name] = self.seen[name] + value if name in self.seen else value
+
+    @torch.no_grad()
+    def update_state(self, bias_rate: float = 1e-3, decay: float = 0.95) -> None:
+        """Move biases against the loads and thresholds to the k-th predictions, all ranks'.
+
+        Args:
+            bias_rate: u, the step of a bias.
+            decay: of a threshold, which keeps this share of itself.
+        """
+        for name, value in self.seen.items():
+            value = sum_over_ranks(value) if num_ranks() > 1 else value
+            if name == "load":
+                step = bias_rate * (value[:-1].mean() - value[:-1]).sign()
+                self.expert_bias += step - step.mean()
+            else:
+                self.thresholds.lerp_(value[:-1] / value[-1], 1 - decay)
+        self.seen = {}
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -359,10 +766,16 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * mlp_hidden_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, mlp_hidden_size))
 
-    def forward(self, x: Tensor, expert_indices: Tensor, expert_weights: Tensor) -> Tensor:
-        """Send (M, D) tokens through their (M, K) experts; returns the (M, D) weighted sum."""
-        x = x.to(compute_dtype(self.down_proj))
-        return swiglu_experts(x, self.gate_up_proj, self.down_proj, expert_indices, expert_weights)
+    def forward(
+        self,
+        x: Tensor,
+        expert_indices: Tensor,
+        expert_weights: Tensor,
+        num_rows: int | None = None,
+    ) -> Tensor:
+        """Send (M, D) tokens through their experts, see `Routing`; returns the (M, D) sum."""
+        x, weights = x.to(compute_dtype(self.down_proj)), (self.gate_up_proj, self.down_proj)
+        return swiglu_experts(x, *weights, expert_indices, expert_weights, num_rows)
 
 
 class GeluExperts(nn.Module):
@@ -375,43 +788,48 @@ class GeluExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, mlp_hidden_size))
         self.down_bias = nn.Parameter(torch.empty(num_experts, hidden_size))
 
-    def forward(self, x: Tensor, expert_indices: Tensor, expert_weights: Tensor) -> Tensor:
-        """Send (M, D) tokens through their (M, K) experts; returns the (M, D) weighted sum."""
+    def forward(
+        self,
+        x: Tensor,
+        expert_indices: Tensor,
+        expert_weights: Tensor,
+        num_rows: int | None = None,
+    ) -> Tensor:
+        """Send (M, D) tokens through their experts, see `Routing`; returns the (M, D) sum."""
         x = x.to(compute_dtype(self.down_proj))
         weights = (self.up_proj, self.up_bias, self.down_proj, self.down_bias)
-        return gelu_experts(x, *weights, expert_indices, expert_weights)
+        return gelu_experts(x, *weights, expert_indices, expert_weights, num_rows)
 
 
 class MoE(nn.Module):
-    """Sparse MLP: K routed experts per token plus shared experts that see every token.
+    """Sparse MLP: routed experts, K per token, plus shared experts that see every token.
 
     Source: arXiv:2407.11633, sec. 2.2.
     """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.router = TopKRouter(
-            config.hidden_size,
-            config.num_experts,
-            config.num_experts_per_tok,
-            config.norm_topk_prob,
-        )
+        self.router = TopKRouter(config)
         experts: Any = Experts if config.mlp_type == "swiglu" else GeluExperts
-        self.experts = experts(config.num_experts, config.hidden_size, config.mlp_hidden_size)
+        self.experts = experts(config.num_all_experts, config.hidden_size, config.mlp_hidden_size)
         self.shared_experts = (
             build_mlp(config, config.num_shared_experts * config.hidden_size)
             if config.num_shared_experts
             else None
         )
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map (N, T, D) tokens to ((N, T, D), aux_loss ())."""
-        tokens = x.flatten(0, 1)  # (M, D)
-        routing = self.router(tokens)
-        out = self.experts(tokens, routing.expert_indices, routing.expert_weights).view_as(x)
+    def forward(self, x: Tensor, is_null: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Map (N, T, D) tokens, of images without a class where `is_null` (N,), to as many.
+
+        Returns:
+            (N, T, D), and in training the losses () by name.
+        """
+        routing = self.router(x, is_null)
+        chosen = routing.expert_indices, routing.expert_weights, routing.num_rows
+        out = self.experts(x.flatten(0, 1), *chosen).view_as(x)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x.to(next(self.shared_experts.parameters()).dtype))
-        return out, routing.aux_loss
+        return out, routing.aux_losses
 
 
 # ------------------------------------------------------------------------------ transformer
@@ -431,21 +849,23 @@ class DiTBlock(nn.Module):
     Source: arXiv:2212.09748, sec. 3.2.
     """
 
-    def __init__(self, config: DiTConfig) -> None:
+    def __init__(self, config: DiTConfig, index: int = 0) -> None:
         super().__init__()
         hidden_size = config.hidden_size
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden_size, config.num_heads, config.qk_norm)
+        self.attn = Attention(hidden_size, config.num_heads, config.qk_norm, config.qk_norm_eps)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.is_moe = config.num_experts > 0
+        self.is_moe = config.is_moe_block(index)
         if self.is_moe:
             self.moe = MoE(config)
         else:
-            self.mlp = build_mlp(config, config.mlp_hidden_size)
+            self.mlp = build_mlp(config, config.dense_hidden_size)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """Map tokens (N, T, D) fp32 and conditioning (N, D) to (tokens, aux_loss ())."""
+    def forward(
+        self, x: Tensor, c: Tensor, is_null: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Map tokens (N, T, D) fp32 and conditioning (N, D); the rest as in `MoE`."""
         dtype = self.attn.proj.weight.dtype
         modulation = self.adaLN_modulation(c).float().chunk(6, dim=-1)  # (N, D) each
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
@@ -453,10 +873,10 @@ class DiTBlock(nn.Module):
         x = torch.addcmul(x, gate_msa[:, None], attended.float())
         h = modulate(self.norm2(x), shift_mlp, scale_mlp)
         if self.is_moe:
-            out, aux_loss = self.moe(h)
+            out, aux_losses = self.moe(h, is_null)
         else:
-            out, aux_loss = self.mlp(h.to(dtype)), x.new_zeros(())
-        return torch.addcmul(x, gate_mlp[:, None], out.float()), aux_loss
+            out, aux_losses = self.mlp(h.to(dtype)), {}
+        return torch.addcmul(x, gate_mlp[:, None], out.float()), aux_losses
 
 
 class FinalLayer(nn.Module):
@@ -478,7 +898,7 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module, PyTorchModelHubMixin, library_name="dit-moe"):
     """Diffusion transformer with sparse mixtures of experts.
 
-    In training mode it returns `(prediction, aux_loss)`, in eval mode the prediction alone.
+    In training mode it returns `(prediction, aux_losses)`, in eval mode the prediction alone.
     `from_pretrained`, `save_pretrained` and `push_to_hub` are huggingface_hub's, for folders and
     repositories of config.json and safetensors.
     """
@@ -497,7 +917,7 @@ class DiT(nn.Module, PyTorchModelHubMixin, library_name="dit-moe"):
         self.pos_embed = nn.Parameter(
             torch.empty(1, config.num_patches, config.hidden_size), requires_grad=False
         )
-        self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(DiTBlock(config, i) for i in range(config.depth))
         self.final_layer = FinalLayer(config)
         self.initialize_weights()
 
@@ -536,7 +956,7 @@ class DiT(nn.Module, PyTorchModelHubMixin, library_name="dit-moe"):
 
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor, drop_mask: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Predict noise (DDPM) or velocity (rectified flow).
 
         Args:
@@ -547,27 +967,53 @@ class DiT(nn.Module, PyTorchModelHubMixin, library_name="dit-moe"):
                 `class_dropout_prob` when absent.
 
         Returns:
-            Prediction (N, C_out, H, W); in training mode `(prediction, aux_loss)` with aux_loss ()
-            the sum of the layers' balance losses (depth when every layer's load is even).
+            Prediction (N, C_out, H, W); in training mode `(prediction, aux_losses)`, the latter
+            by name, () fp32 each, summed over layers and unweighted.
         """
         x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)).float() + self.pos_embed
-        c = self.t_embedder(t) + self.y_embedder(y, drop_mask)  # (N, D)
-        aux_losses = []
+        y = self.y_embedder.drop_labels(y, drop_mask)
+        c = self.t_embedder(t) + self.y_embedder.embedding_table(y)  # (N, D)
+        is_null = y == self.config.null_label
+        by_name: dict[str, list[Tensor]] = {}
         for block in self.blocks:
             if self.grad_checkpointing and self.training:
-                x, aux_loss = checkpoint(block, x, c, use_reentrant=False)
+                x, aux_losses = checkpoint(block, x, c, is_null, use_reentrant=False)
             else:
-                x, aux_loss = block(x, c)
-            aux_losses.append(aux_loss)
+                x, aux_losses = block(x, c, is_null)
+            for name, loss in aux_losses.items():
+                by_name.setdefault(name, []).append(loss)
         prediction = self.unpatchify(self.final_layer(x, c))
-        return (prediction, torch.stack(aux_losses).sum()) if self.training else prediction
+        if not self.training:
+            return prediction
+        return prediction, {name: torch.stack(losses).sum() for name, losses in by_name.items()}
+
+    def update_router_state(self, discard: bool = False) -> None:
+        """Move biases and thresholds by what the routers saw since the last call.
+
+        To be called after each optimizer step, on every rank; nothing where there are none.
+
+        Args:
+            discard: only forget what they saw, for a step that was skipped.
+        """
+        for module in self.modules():
+            if isinstance(module, TopKRouter):
+                if discard:
+                    module.seen = {}
+                module.update_state()
+
+    def use_rank_statistics(self, enabled: bool = True) -> None:
+        """Take balance statistics from each rank's own tokens, as published, or from all again."""
+        for module in self.modules():
+            if isinstance(module, TopKRouter):
+                module.pooled = not enabled
 
     def num_parameters(self) -> tuple[int, int]:
         """Count parameters: (total, activated by one token), frozen position table included."""
         total = sum(p.numel() for p in self.parameters())
         routed = [m for m in self.modules() if isinstance(m, (Experts, GeluExperts))]
         experts = sum(p.numel() for module in routed for p in module.parameters())
-        used_experts = experts * self.config.num_experts_per_tok // max(self.config.num_experts, 1)
+        share = self.config.experts_per_token / max(self.config.num_all_experts, 1)
+        used_experts = math.floor(experts * share + 0.5)
         return total, total - experts + used_experts
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -628,11 +1074,15 @@ def initialize_parameter(name: str, parameter: Tensor, generator: Generator | No
     """
     if name == "pos_embed":
         parameter.copy_(sincos_pos_embed(math.isqrt(parameter.shape[1]), parameter.shape[2]))
-    elif name.endswith("bias") or "adaLN_modulation" in name or name.startswith("final_layer"):
+    elif (
+        name.endswith(("bias", "thresholds"))
+        or "adaLN_modulation" in name
+        or name.startswith("final_layer")
+    ):
         nn.init.zeros_(parameter)
     elif name.endswith(("q_norm.weight", "k_norm.weight")):
         nn.init.ones_(parameter)
-    elif name.startswith(("t_embedder", "y_embedder")):
+    elif name.startswith(("t_embedder", "y_embedder")) or name.endswith("router.prototypes"):
         nn.init.normal_(parameter, std=0.02, generator=generator)
     elif name.endswith("router.weight"):
         nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator)
@@ -668,14 +1118,44 @@ PATCH_SIZES: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("S", "B", "L", "XL"), (2, 4, 8)),
     "G": (2,),
 }
+# What other families of sparse DiTs have in common beside the dimensions of `SIZES`, and their own.
+_LATER: dict[str, Any] = {
+    "mlp_type": "gelu",
+    "moe_blocks": "every_second",
+    "num_experts_per_tok": 1,
+    "learn_sigma": False,
+    "qk_norm": False,
+    "qk_norm_eps": 1e-5,
+}
+_PROMOE = {
+    **_LATER,
+    "affinity": "cosine",
+    "balance": ("contrastive",),
+    "num_experts": 12,
+    "mlp_ratio": 2.0,
+    "num_shared_experts": 2,
+    "unconditional_expert": True,
+}
+_EIGHT_EXPERTS = {**_LATER, "num_experts": 8, "num_shared_experts": 0, "balance": ()}
+FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {  # name: (fields, sizes)
+    "ProMoE": (_PROMOE, ("S", "B", "L", "XL")),
+    "ProMoE-EC": ({**_PROMOE, "selection": "expert_choice"}, ("S", "B", "L", "XL")),
+    "EC-DiT": ({**_EIGHT_EXPERTS, "selection": "expert_choice"}, ("L",)),
+    "DiffMoE": ({**_EIGHT_EXPERTS, "selection": "batch_choice"}, ("B", "L", "XL")),
+}
 
 
-def _build(size: str, patch_size: int, **overrides: Any) -> DiT:
-    return DiT(DiTConfig(**{**SIZES[size], "patch_size": patch_size, **overrides}))
+def _build(fields: dict[str, Any], patch_size: int, **overrides: Any) -> DiT:
+    return DiT(DiTConfig(**{**fields, "patch_size": patch_size, **overrides}))
 
 
 DiT_models: dict[str, Callable[..., DiT]] = {
-    f"DiT-{size}/{patch_size}": partial(_build, size, patch_size)
+    f"DiT-{size}/{patch_size}": partial(_build, SIZES[size], patch_size)
     for size, patch_sizes in PATCH_SIZES.items()
     for patch_size in patch_sizes
+}
+DiT_models |= {
+    f"{family}-{size}/2": partial(_build, {**SIZES[size], **fields}, 2)
+    for family, (fields, sizes) in FAMILIES.items()
+    for size in sizes
 }

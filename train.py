@@ -95,7 +95,9 @@ class DdpTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self._overflowed():
             self.skipped += 1
+            self.model.update_router_state(discard=True)
         else:
+            self.model.update_router_state()
             self.ema.update()
             self.step += 1
         return {**mean_losses(losses), "grad_norm": grad_norm}

@@ -56,12 +56,16 @@ class Trainer(Protocol):
 # ------------------------------------------------------------------------------ one step
 
 
+# Weights of the model's auxiliary losses, the balance loss's own being --aux-loss-weight.
+AUX_LOSS_WEIGHTS = {"contrastive": 1.0, "z_loss": 1e-3, "capacity": 0.01}
+
+
 class MicroLoss(NamedTuple):
     """Losses of one micro-batch, each () fp32."""
 
-    total: Tensor  # to differentiate: loss + aux_loss_weight * (sum of the layers' balance losses)
+    total: Tensor  # to differentiate: loss + the weighted auxiliary losses, summed over layers
     loss: Tensor  # of the objective; this and the next are detached, to be logged
-    aux_loss: Tensor  # per layer, 1.0 = even
+    aux_loss: Tensor  # the balance loss per layer, 1.0 = even; 0 without one
 
 
 def micro_loss(job: Job, model: nn.Module, batch: Batch) -> MicroLoss:
@@ -71,8 +75,13 @@ def micro_loss(job: Job, model: nn.Module, batch: Batch) -> MicroLoss:
     with torch.autocast(job.rt.device.type, dtype, enabled=dtype != torch.float32):
         out = job.diffusion.training_loss(model, latents, labels, **given)
     loss = out.per_sample.mean()
-    total = loss + job.settings.aux_loss_weight * out.aux_loss
-    return MicroLoss(total, loss.detach(), out.aux_loss.detach() / job.model.config.depth)
+    weights, total = {**AUX_LOSS_WEIGHTS, "switch": job.settings.aux_loss_weight}, loss
+    for name, aux_loss in out.aux_losses.items():
+        total = total + weights[name] * aux_loss
+    config = job.model.config
+    num_layers = sum(config.is_moe_block(index) for index in range(config.depth))
+    switch = out.aux_losses.get("switch", torch.zeros_like(loss))
+    return MicroLoss(total, loss.detach(), switch.detach() / max(num_layers, 1))
 
 
 def mean_losses(losses: list[MicroLoss]) -> dict[str, Tensor]:

@@ -72,7 +72,7 @@ def prepare(args: argparse.Namespace, *, meta: bool = False, precision: str | No
     settings = resolve(args, rt, dataset, vae_path=vae_path, precision=precision)
     model = build_model(settings, vae.channels or dataset.channels, vae.downsample)
     if not meta and not args.dry_run:
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         state = model.to_empty(device="cpu").state_dict()
         for name, value in initial_weights(settings, shapes):
             state[name].copy_(value)
@@ -154,7 +154,7 @@ def initial_weights(
 
     Args:
         settings: of the run.
-        shapes: of all parameters.
+        shapes: of all parameters and of what else is saved.
 
     Raises:
         UserError: if the weights of `--init-from` are of another model.
@@ -205,6 +205,7 @@ def describe(job: Job) -> str:
 class Ema:
     """Exponential moving average of a model's trained parameters, in float32.
 
+    Biases and thresholds of routers, which are not trained, are copied: they go with their loads.
     `model` is a frozen copy in eval mode, ready to sample from.
     """
 
@@ -214,8 +215,11 @@ class Ema:
         pairs = zip(self.model.parameters(), model.parameters(), strict=True)
         trained = [(average, parameter) for average, parameter in pairs if parameter.requires_grad]
         self._averages, self._parameters = zip(*trained, strict=True)
+        self._buffers = list(zip(self.model.buffers(), model.buffers(), strict=True))
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the model, in one fused pass: ema += (1 - decay)(p - ema)."""
         torch._foreach_lerp_(self._averages, self._parameters, 1 - self.decay)
+        for copied, buffer in self._buffers:
+            copied.copy_(buffer)

@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 Generators = Generator | Sequence[Generator] | None  # one for all, one a sample, the global one
-Model = Callable[..., Any]  # (x, t, y) -> prediction; in training (prediction, aux_loss)
+Model = Callable[..., Any]  # (x, t, y) -> prediction; in training (prediction, aux_losses)
 Predict = Callable[[Tensor, float], Tensor]  # x (N, C, H, W), model time -> (N, C_out, H, W) fp32
 Update = Callable[[Predict, Tensor], Tensor]  # one sampling step: predict, x -> the next x
 Steps = Sequence[tuple[float, Update]]  # model time and update of each, from noise to data
@@ -79,10 +79,10 @@ class GuidedModel:
 
 
 class TrainingLoss(NamedTuple):
-    """Loss of a batch; the objective is `per_sample.mean() + aux_loss_weight * aux_loss`."""
+    """Loss of a batch; the objective is `per_sample.mean()` plus the weighted `aux_losses`."""
 
     per_sample: Tensor  # (N,) fp32, the sum of `terms`
-    aux_loss: Tensor  # (), as the model returned it: unweighted
+    aux_losses: dict[str, Tensor]  # name -> (), as the model returned them: unweighted
     terms: dict[str, Tensor]  # name -> (N,) fp32, detached, for logging
 
 
@@ -137,7 +137,8 @@ class Diffusion(ABC):
         """Noise the latents, run the model once and compare.
 
         Args:
-            model: called as `model(x_t, t, y, **model_kwargs)`, returns (prediction, aux_loss).
+            model: called as `model(x_t, t, y, **model_kwargs)`, returns (prediction,
+                aux_losses).
             latents: (N, C, H, W) clean latents.
             y: (N,) int64 labels.
             t: (N,) model times: [0, 1] for "rf", 0..999 for "ddpm". Drawn if missing.
@@ -145,17 +146,17 @@ class Diffusion(ABC):
             generator: source of both draws; without it the global one of the latents' device.
 
         Returns:
-            The loss of each sample, the model's `aux_loss` and the named terms.
+            The loss of each sample, the model's `aux_losses` and the named terms.
         """
         latents = latents.float()
         t = self.draw_t(latents, generator) if t is None else t.float()
         noise = randn(latents.shape, latents.device, generator) if noise is None else noise.float()
         x_t = self.add_noise(latents, noise, t)
-        prediction, aux_loss = model(x_t, t, y, **model_kwargs)
+        prediction, aux_losses = model(x_t, t, y, **model_kwargs)
         terms = self.loss_terms(prediction.float(), x_t, latents, noise, t)
         per_sample = torch.stack(list(terms.values())).sum(dim=0)
         detached = {name: term.detach() for name, term in terms.items()}
-        return TrainingLoss(per_sample, aux_loss, detached)
+        return TrainingLoss(per_sample, aux_losses, detached)
 
     @torch.no_grad()
     def sample(

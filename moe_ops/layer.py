@@ -1,13 +1,15 @@
 """What the network calls: routed experts of both forms and one MLP that sees every token.
 
 The only place that chooses a path: CPUs run segments, everything else grouped matmuls. GELU
-experts, those of upcycled dense networks, are grouped on every device.
+experts, those of upcycled dense networks and of later families, are grouped on every device, and so
+are all where a token may have any number of experts.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_ops.choice import gelu_choice, swiglu_choice
 from moe_ops.dense import swiglu_dense
 from moe_ops.grouped import gelu_grouped, swiglu_grouped
 from moe_ops.plan import sort_by_expert
@@ -20,6 +22,7 @@ def swiglu_experts(
     down_proj: Tensor,
     expert_indices: Tensor,
     expert_weights: Tensor,
+    num_rows: int | None = None,
 ) -> Tensor:
     """Send every token through its K experts and sum the weighted outputs, dropping none.
 
@@ -29,6 +32,7 @@ def swiglu_experts(
         down_proj: (E, D, F), in any dtype.
         expert_indices: (M, K) int64, in [0, E).
         expert_weights: (M, K), in any dtype.
+        num_rows: where some indices are E, for no expert: at most so many are not.
 
     Returns:
         (M, D): sum_k weight_k * down(silu(gate(x)) * up(x)) of expert k. The weight multiplies the
@@ -36,10 +40,12 @@ def swiglu_experts(
 
     Source: arXiv:2407.11633, sec. 2.2; SwiGLU: arXiv:2002.05202.
     """
-    plan = sort_by_expert(expert_indices, gate_up_proj.shape[0])
     # Outside the ops: the backward uses the same cast.
     gate_up_proj, down_proj = gate_up_proj.to(x.dtype), down_proj.to(x.dtype)
     expert_weights = expert_weights.to(x.dtype)
+    if num_rows is not None:
+        return swiglu_choice(x, gate_up_proj, down_proj, expert_indices, expert_weights, num_rows)
+    plan = sort_by_expert(expert_indices, gate_up_proj.shape[0])
     if x.device.type == "cpu":
         keep_hidden = _needs_grad(x, gate_up_proj, down_proj, expert_weights)
         return swiglu_segments(
@@ -56,6 +62,7 @@ def gelu_experts(
     down_bias: Tensor,
     expert_indices: Tensor,
     expert_weights: Tensor,
+    num_rows: int | None = None,
 ) -> Tensor:
     """Do what `swiglu_experts` does for experts with biases and a GELU.
 
@@ -64,18 +71,19 @@ def gelu_experts(
         up_proj: (E, F, D), up_bias: (E, F), down_proj: (E, D, F), down_bias: (E, D), in any dtype.
         expert_indices: (M, K) int64, in [0, E).
         expert_weights: (M, K), in any dtype.
+        num_rows: as there.
 
     Returns:
         (M, D): sum_k weight_k * (down(gelu(up(x) + up_bias)) + down_bias) of expert k, the GELU
         being the tanh approximation.
     """
-    plan = sort_by_expert(expert_indices, up_proj.shape[0])
     weights = (up_proj, up_bias, down_proj, down_bias)
     up_proj, up_bias, down_proj, down_bias = (weight.to(x.dtype) for weight in weights)
-    expert_weights = expert_weights.to(x.dtype)
-    return gelu_grouped(
-        x, up_proj, up_bias, down_proj, down_bias, expert_indices, expert_weights, plan
-    )
+    weights = (up_proj, up_bias, down_proj, down_bias)
+    chosen = expert_indices, expert_weights.to(x.dtype)
+    if num_rows is not None:
+        return gelu_choice(x, *weights, *chosen, num_rows)
+    return gelu_grouped(x, *weights, *chosen, sort_by_expert(expert_indices, len(up_proj)))
 
 
 def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class LoadCounter:
         """
         mixtures = mixtures_of(model)
         device = device or next(model.parameters()).device
-        shape = (len(mixtures), model.config.num_experts)
+        shape = (len(mixtures), model.config.num_all_experts)
         self.counts = torch.zeros(shape, dtype=torch.int64, device=device)
         self._name = f"load_counter_{next(_counter_numbers)}"  # another counter is not disturbed
         self._hooks = []

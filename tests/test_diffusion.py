@@ -38,8 +38,8 @@ def echo_model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
     return torch.cat([x, x], dim=1)
 
 
-def echo_in_training(x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    return echo_model(x, t, y), torch.tensor(0.0)
+def echo_in_training(x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    return echo_model(x, t, y), {}
 
 
 def gaussian_model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -56,12 +56,13 @@ def gaussian_model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
 def test_rectified_flow_loss_is_zero_for_the_true_velocity_whatever_the_other_channels():
     latents, noise = randn(*SHAPE), randn(*SHAPE, seed=1)
 
-    def model(x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.cat([noise - latents, torch.full_like(x, 9.0)], dim=1), torch.tensor(2.0)
+    def model(x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        prediction = torch.cat([noise - latents, torch.full_like(x, 9.0)], dim=1)
+        return prediction, {"switch": torch.tensor(2.0)}
 
     loss = create_diffusion("rf").training_loss(model, latents, Y, noise=noise)
     assert torch.equal(loss.per_sample, torch.zeros(2))
-    assert loss.aux_loss == 2.0
+    assert loss.aux_losses == {"switch": 2.0}
     assert list(loss.terms) == ["mse"]
 
 
@@ -582,12 +583,12 @@ def test_loss_of_each_sample_is_the_published_one(golden: Golden):
 
 def test_aux_loss_is_the_sum_of_the_published_layers(golden: Golden):
     published = golden.training["aux_loss_per_layer_alpha0.01"].sum()
-    assert_agrees(0.01 * golden.training_loss().aux_loss.detach(), published)
+    assert_agrees(0.01 * golden.training_loss().aux_losses["switch"].detach(), published)
 
 
 def test_gradient_of_every_parameter_is_the_published_one(golden: Golden):
     loss = golden.training_loss()
-    (loss.per_sample.mean() + 0.01 * loss.aux_loss).backward()
+    (loss.per_sample.mean() + 0.01 * loss.aux_losses["switch"]).backward()
     expected = dict(to_ours(golden.training["grads_of_mean_loss_plus_sum_aux"]))
     trained = {name: p.grad for name, p in golden.model.named_parameters() if p.requires_grad}
     assert trained.keys() == expected.keys()

@@ -204,16 +204,17 @@ def test_tables_take_no_more_room_for_more_images(ckpt: str, data: RoutingData, 
 class FixedRouter(nn.Module):
     """No `TopKRouter`, but it returns a `Routing`: token m has experts m % E and (m + 1) % E."""
 
-    def __init__(self, hidden_size: int, num_experts: int, *_: Any) -> None:
+    def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(num_experts, hidden_size))
+        self.weight = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
 
-    def forward(self, x: Tensor) -> Routing:
-        first = torch.arange(len(x)) % E
+    def forward(self, x: Tensor, _is_null: Tensor) -> Routing:
+        num_tokens = x.shape[0] * x.shape[1]
+        first = torch.arange(num_tokens) % E
         chosen = torch.stack([first, (first + 1) % E], dim=1)
-        weights = torch.tensor([0.75, 0.25]).expand(len(x), K)
-        probs = torch.zeros(len(x), E).scatter_(1, chosen, weights)
-        return Routing(chosen, weights, probs, torch.zeros(()))
+        weights = torch.tensor([0.75, 0.25]).expand(num_tokens, K)
+        probs = torch.zeros(num_tokens, E).scatter_(1, chosen, weights)
+        return Routing(chosen, weights, probs, {}, None)
 
 
 def test_any_router_that_returns_a_routing_is_counted(

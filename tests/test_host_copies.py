@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_families import FAMILIES
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -82,7 +83,7 @@ def train_step(model: DiT, diffusion: Diffusion, dtype: torch.dtype) -> None:
     labels = torch.randint(model.config.num_classes, (4,), device="cuda")
     with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
         out = diffusion.training_loss(model, latents, labels)
-        loss = out.per_sample.mean() + 0.01 * out.aux_loss
+        loss = sum(out.aux_losses.values(), out.per_sample.mean())
     backward(loss)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
 
@@ -93,6 +94,7 @@ def train_step(model: DiT, diffusion: Diffusion, dtype: torch.dtype) -> None:
         (2, {}, torch.float32),
         (2, {"mlp_type": "gelu"}, torch.bfloat16),
         (2, {"num_experts": 0}, torch.bfloat16),
+        *((2, FAMILIES[family], torch.bfloat16) for family in FAMILIES if family != "dit_moe"),
         pytest.param(12, {"qk_norm": True}, torch.bfloat16, marks=pytest.mark.slow),
     ],
 )

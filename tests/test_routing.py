@@ -113,10 +113,11 @@ def test_two_counters_of_a_model_count_for_themselves(model: DiT):
 class LastExpertsRouter(nn.Module):
     """Send every token to the last two of four experts."""
 
-    def forward(self, x: Tensor) -> Routing:
-        probs = x.new_tensor([0.0, 0.0, 0.25, 0.75]).expand(len(x), 4)
-        indices = torch.tensor([2, 3]).expand(len(x), 2)
-        return Routing(indices, probs[:, 2:], probs, x.new_ones(()))
+    def forward(self, x: Tensor, is_null: Tensor | None = None) -> Routing:
+        num_tokens = x.shape[0] * x.shape[1]
+        probs = x.new_tensor([0.0, 0.0, 0.25, 0.75]).expand(num_tokens, 4)
+        indices = torch.tensor([2, 3]).expand(num_tokens, 2)
+        return Routing(indices, probs[:, 2:], probs, {}, None)
 
 
 def with_other_routers(model: DiT) -> DiT:
@@ -157,8 +158,8 @@ def run_every_way(model: DiT, counter: LoadCounter) -> dict[str, tuple[Tensor, T
         counter.reset()
         model.train(way == "train")
         if way == "train":
-            out, aux_loss = model(x, t, y, torch.zeros(3, dtype=torch.bool))
-            (out.square().mean() + aux_loss).backward()
+            out, aux_losses = model(x, t, y, torch.zeros(3, dtype=torch.bool))
+            sum(aux_losses.values(), out.square().mean()).backward()
         else:
             copies = 2 if way == "grid" else 1
             with torch.no_grad():

@@ -132,8 +132,8 @@ def true_router_gradients() -> State:
     routers = {name: p for name, p in trainer.model.named_parameters() if "router" in name}
     batch = global_batch(0, 2)
     x_t = trainer.job.diffusion.add_noise(batch["latents"], batch["noise"], batch["t"])
-    _, aux_loss = trainer.model(x_t, batch["t"], batch["labels"], batch["drop_mask"])
-    gradients = torch.autograd.grad(0.5 * aux_loss, list(routers.values()))
+    _, aux_losses = trainer.model(x_t, batch["t"], batch["labels"], batch["drop_mask"])
+    gradients = torch.autograd.grad(0.5 * aux_losses["switch"], list(routers.values()))
     return dict(zip(routers, gradients, strict=True))
 
 

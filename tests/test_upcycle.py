@@ -151,7 +151,7 @@ def test_copied_experts_of_a_moe_serve_a_side_each_and_nearly_keep_the_output(
     assert result.config.num_experts_per_tok == 2 and not result.config.norm_topk_prob
     assert 1e-4 < max(differences) < 0.1  # tokens near the border between two copies
     x = torch.randn(400, 32)
-    chosen = moe(result).router(x).expert_indices
+    chosen = moe(result).router(x[None]).expert_indices
     assert len(set(chosen.flatten().tolist())) == 8
 
 
@@ -178,8 +178,8 @@ def test_all_experts_of_the_upcycled_golden_network_train_apart(
     touched = [torch.zeros(8, dtype=torch.bool) for _ in model.blocks]
     for _ in range(50):
         x, y = torch.randn(8, *data["x"].shape[1:]), torch.randint(config.num_classes, (8,))
-        prediction, aux_loss = model(x, torch.rand(8), y)
-        loss = (prediction[:, : x.shape[1]] - x).square().mean() + 0.005 * aux_loss
+        prediction, aux_losses = model(x, torch.rand(8), y)
+        loss = (prediction[:, : x.shape[1]] - x).square().mean() + 0.005 * aux_losses["switch"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
