@@ -55,16 +55,44 @@ def build_parser() -> FlagParser:
     """Return the parser of this script's flags."""
     parser = FlagParser(__doc__)
     data = parser.group("Data")
-    data.add("--data-path", required=True, help="image folder, one subfolder a class")
-    data.add("--image-size", type=number(int, 8, 8192), default=256, help="pixels")
-    data.add("--vae-path", default="stabilityai/sd-vae-ft-ema", help="folder or hub id")
-    data.add("--out", required=True, help="folder of the cache")
-    data.add("--dtype", **dtype_flag, default="fp16", help="of the cache")
-    data.add("--shard-size", type=number(int, 1), default=4096, help="images a file")
+    data.add("--data-path", required=True, help="Image folder with one subfolder a class.")
+    data.add(
+        "--image-size",
+        type=number(int, 8, 8192),
+        default=256,
+        metavar="S",
+        help="Pixels to which images are scaled and cropped.",
+    )
+    data.add(
+        "--vae-path",
+        default="stabilityai/sd-vae-ft-ema",
+        help="Folder or hub id of the autoencoder.",
+    )
+    data.add("--out", required=True, help="Folder of the cache.")
+    data.add("--dtype", **dtype_flag, default="fp16", help="Type that the cache keeps.")
+    data.add(
+        "--shard-size",
+        type=number(int, 1, 10**9),
+        default=4096,
+        metavar="N",
+        help="Number of images in a file.",
+    )
 
     work = parser.group("Run")
-    work.add("--batch-size", type=number(int, 1), default=32, help="images at once")
-    work.add("--num-workers", type=number(int, 0, 256), default=4, help="loaders per rank")
+    work.add(
+        "--batch-size",
+        type=number(int, 1, 10**6),
+        default=32,
+        metavar="N",
+        help="Number of images encoded at once.",
+    )
+    work.add(
+        "--num-workers",
+        type=number(int, 0, 256),
+        default=4,
+        metavar="N",
+        help="Number of processes of each rank that read images.",
+    )
     return parser
 
 
@@ -110,17 +138,17 @@ class Encoder:
         dataset: FolderImages,
         vae: VAE,
         index: dict[str, Any],
-        run: process.Runtime,
+        rt: process.Runtime,
     ) -> None:
-        self.args, self.dataset, self.vae, self.index, self.run = args, dataset, vae, index, run
+        self.args, self.dataset, self.vae, self.index, self.rt = args, dataset, vae, index, rt
         self.folder = Path(args.out)
 
     def encode_shards(self) -> None:
         """Encode this rank's shards that are not there yet."""
-        index, run = self.index, self.run
-        mine = range(run.rank, num_shards(index), run.world_size)
+        index, rt = self.index, self.rt
+        mine = range(rt.rank, num_shards(index), rt.world_size)
         total = sum(len(shard_rows(index, shard)) for shard in mine)
-        with tqdm(total=total, desc="encode", unit="image", disable=not run.is_main) as bar:
+        with tqdm(total=total, desc="encode", unit="image", disable=not rt.is_main) as bar:
             for shard in mine:
                 path = shard_path(self.folder, shard)
                 if path.exists() and path.with_suffix(".json").exists():
@@ -149,7 +177,7 @@ class Encoder:
                     raise item
             good = [i for i, item in enumerate(batch) if isinstance(item, Tensor)]
             if good:
-                pixels = torch.stack([batch[i] for i in good]).to(self.run.device)
+                pixels = torch.stack([batch[i] for i in good]).to(self.rt.device)
                 moments = both_moments(self.vae, pixels)
                 out[[first + i for i in good]] = to_stored(moments, self.index["dtype"])
             first += len(batch)
@@ -187,7 +215,7 @@ class Encoder:
         cache = CachedLatents(self.folder)
         generator = torch.Generator().manual_seed(0)
         chosen = torch.randperm(len(cache), generator=generator)[:NUM_CHECKED].tolist()
-        pixels = self.dataset.pixels(torch.from_numpy(cache.rows[chosen])).to(self.run.device)
+        pixels = self.dataset.pixels(torch.from_numpy(cache.rows[chosen])).to(self.rt.device)
         halves = [cache.moments([(i, flip) for i in chosen]) for flip in (False, True)]
         found, expected = torch.stack(halves, dim=1), both_moments(self.vae, pixels)
         dtype = self.index["dtype"]
@@ -232,7 +260,7 @@ def open_index(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def encode(args: argparse.Namespace, run: process.Runtime) -> str:
+def encode(args: argparse.Namespace, rt: process.Runtime) -> str:
     """Make or continue the cache; returns what the main rank prints."""
     folder = Path(args.out)
     if not Path(args.data_path).is_dir() or cache_index(args.data_path) is not None:
@@ -240,7 +268,7 @@ def encode(args: argparse.Namespace, run: process.Runtime) -> str:
     check_out(folder)
     dataset = load_dataset(args.data_path, image_size=args.image_size)
     assert isinstance(dataset, FolderImages)
-    vae = load_vae(args.vae_path, device=run.device)
+    vae = load_vae(args.vae_path, device=rt.device)
     if not isinstance(vae, VAE):
         raise UserError("--vae-path none: pixels need no cache")
     if args.image_size % vae.downsample:
@@ -255,15 +283,15 @@ def encode(args: argparse.Namespace, run: process.Runtime) -> str:
     )
     index = open_index(folder, wanted)
     process.barrier()  # all have looked
-    encoder = Encoder(args, dataset, vae, index, run)
+    encoder = Encoder(args, dataset, vae, index, rt)
     if not index["complete"]:
-        if run.is_main:
+        if rt.is_main:
             write_index(folder, index)
         encoder.encode_shards()
         process.barrier()
-        if run.is_main:
+        if rt.is_main:
             encoder.finish()
-    if not run.is_main:
+    if not rt.is_main:
         return ""
     lines = [f"checked {NUM_CHECKED} images: largest difference {encoder.check():.1e}"]
     unreadable = index["unreadable"]
@@ -275,9 +303,9 @@ def encode(args: argparse.Namespace, run: process.Runtime) -> str:
 
 def main(args: argparse.Namespace) -> None:
     """Encode and report."""
-    run = process.setup(process.LONG_WAIT)
-    report = encode(args, run)
-    if run.is_main:
+    rt = process.setup(process.LONG_WAIT)
+    report = encode(args, rt)
+    if rt.is_main:
         print(printable(report))
     process.finish()
 

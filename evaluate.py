@@ -45,15 +45,14 @@ from evaluation.comparison import (
     open_images,
     reference_statistics,
 )
-from evaluation.image_sets import FolderSet, ImageSet, NpzSet
-from evaluation.metrics import (
+from evaluation.features import (
     ClassifierExtractor,
     Extractor,
     InceptionExtractor,
-    Statistics,
-    compare,
     find_inception_weights,
 )
+from evaluation.image_sets import FolderSet, ImageSet, NpzSet
+from evaluation.metrics import Statistics, compare
 from evaluation.sample_files import SampleFiles, read_object, write_object
 from sampling.opening import drawing_flags, drawing_options, open_run
 
@@ -65,33 +64,68 @@ def build_parser() -> FlagParser:
     """Return the parser of this script's flags."""
     parser = FlagParser(__doc__)
     data = parser.group("Data")
-    data.add("--ckpt", help="checkpoint, run folder or published weights")
-    data.add("--images", help="judge this folder or .npz instead; --image-size crops a folder's")
+    data.add("--ckpt", help="Checkpoint, run folder or published weights whose samples to judge.")
     data.add(
-        "--num-samples", type=number(int, 2, 10**7), default=50000, help="spread over the classes"
+        "--images",
+        help="Folder of images or .npz to judge instead. A folder's are cropped by --image-size.",
     )
     data.add(
-        "--num-seeds", type=number(int, 1, 1000), default=1, help="repeat with seed, seed + 1, ..."
+        "--num-samples",
+        type=number(int, 2, 10**7),
+        default=50000,
+        metavar="N",
+        help="Number of samples of each seed, spread evenly over the classes.",
     )
-    data.add("--out", help="folder; default: results/evaluation/ and the name of all this")
-    data.add("--vae-path", help="folder or hub id; default: the checkpoint's")
-    data.add("--fashion-mnist-root", help="folder of the idx files; default: Debian's, ./downloads")
-
-    real = parser.group("Real images")
-    real.add("--reference", help="data set, folder or .npz; default: what the model learnt from")
-    real.add("--test-data", help="other real images, for the floor; default: the data's test split")
-    real.add(
-        "--image-size",
-        type=number(int, 1, 8192),
-        help="of folders; default: the checkpoint's, 256; of --images: as they are",
+    data.add(
+        "--num-seeds",
+        type=number(int, 1, 1000),
+        default=1,
+        metavar="N",
+        help="How often to repeat, with --seed, --seed + 1 and so on.",
     )
-    real.add("--features", choices=["inception", "classifier"], help="default: by the data")
-    real.add("--inception-weights", help="torch-fidelity's file; default: download")
-    real.add("--cache", default="results/references", help="classifiers, reference statistics")
-
+    data.add(
+        "--out", help="Folder of the results. Default: one in results/evaluation named by all this."
+    )
+    data.add("--vae-path", help="Folder or hub id of the autoencoder. Default: the checkpoint's.")
+    data.add(
+        "--fashion-mnist-root",
+        help="Folder of the four idx files. Default: the checkpoint's, Debian's or ./downloads.",
+    )
+    _reference_flags(parser)
     drawing_flags(parser, offload=False)
     sampling_flags(parser, batch_size=100)
     return parser
+
+
+def _reference_flags(parser: FlagParser) -> None:
+    real = parser.group("Real images")
+    real.add(
+        "--reference",
+        help="Real images to compare with: data set, class folder or .npz. Default: what the "
+        "model learnt from.",
+    )
+    real.add(
+        "--test-data",
+        help="Other real images, whose distance is the floor. Default: the data's test split.",
+    )
+    real.add(
+        "--image-size",
+        type=number(int, 1, 8192),
+        metavar="S",
+        help="Pixels to which images of folders are cropped. Default: the checkpoint's; without "
+        "one 256, and those of --images stay as they are.",
+    )
+    real.add(
+        "--features",
+        choices=["inception", "classifier"],
+        help="Network whose features are compared. Default: by the data.",
+    )
+    real.add("--inception-weights", help="File of torch-fidelity. Default: it is downloaded.")
+    real.add(
+        "--cache",
+        default="results/references",
+        help="Folder of trained classifiers and of the statistics of references.",
+    )
 
 
 def check_flags(args: argparse.Namespace) -> None:

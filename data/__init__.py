@@ -1,25 +1,15 @@
 """Pixels to latents: data sets, the stateless training stream, autoencoders, latent caches.
 
-`datasets` are labelled images, `image_files` what of a folder is one, `latent_cache` encoded images
-and `latent_index` what they are of. Knows `common` only.
+In the order data flows: `image_files` (which files are images), `datasets`, `stream` (which samples
+come when), `autoencoders`, `latent_cache` (encoded images, and `open_data`, all that a run learns
+from in one call) and `latent_index` (what a cache is of). Knows `common` only.
 """
 
-from data.datasets import (
-    VAE,
-    FolderImages,
-    ImageDataset,
-    Key,
-    Pixels,
-    TensorImages,
-    TrainBatches,
-    TrainLoader,
-    draw_latents,
-    load_dataset,
-    load_vae,
-    make_loader,
-)
-from data.latent_cache import CachedLatents, Data, open_data, vae_identity
+from data.autoencoders import VAE, Pixels, draw_latents, load_vae, vae_identity
+from data.datasets import FolderImages, ImageDataset, Key, TensorImages, load_dataset
+from data.latent_cache import CachedLatents, Data, open_data
 from data.latent_index import cache_index
+from data.stream import TrainBatches, TrainLoader, make_loader
 
 __all__ = [
     "VAE",

@@ -24,16 +24,8 @@ from tqdm import tqdm
 from common.arrays import ArrayHeader, array_header
 from common.errors import FileError, UserError
 from common.files import verify_file
-from data.datasets import (
-    VAE,
-    FolderImages,
-    ImageDataset,
-    Key,
-    Pixels,
-    draw_latents,
-    load_dataset,
-    load_vae,
-)
+from data.autoencoders import VAE, Pixels, draw_latents, load_vae, vae_identity
+from data.datasets import FolderImages, ImageDataset, Key, load_dataset
 from data.latent_index import (
     FORMAT,
     LABELS,
@@ -51,19 +43,6 @@ DTYPES = {
     "float32": (torch.float32, torch.float32),
 }
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"  # of images
-
-
-def vae_identity(vae: VAE | Pixels) -> str:
-    """Return a hash of a VAE's weights and latent scale, the same wherever it is stored.
-
-    "none" where the model works on pixels.
-    """
-    if isinstance(vae, Pixels):
-        return "none"
-    digest = hashlib.sha256(repr((vae.scale, vae.shift)).encode())
-    for name, tensor in sorted(vae.model.state_dict().items()):
-        digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:32]
 
 
 def plan(
@@ -137,9 +116,11 @@ class CachedLatents(ImageDataset):
 
     def _digest(self) -> str:
         """Return that of the folder it was made of, whose order it has; unreadable files count."""
-        bad = [entry["index"] for entry in self.index["unreadable"]]
+        unreadable = [entry["index"] for entry in self.index["unreadable"]]
         files = self.index["files"]
-        return hashlib.sha256(f"{files}{bad}".encode()).hexdigest()[:32] if bad else files
+        if not unreadable:
+            return files
+        return hashlib.sha256(f"{files}{unreadable}".encode()).hexdigest()[:32]
 
     def _read_labels(self) -> np.ndarray:
         path = self.folder / LABELS

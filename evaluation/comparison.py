@@ -19,14 +19,9 @@ from common.errors import FileError, UserError
 from data import load_dataset
 from data.latent_index import cache_index
 from evaluation.classifiers import EPOCHS, Classifier, predict
+from evaluation.features import Extractor
 from evaluation.image_sets import DatasetSet, ImageSet, NpzSet, Spread
-from evaluation.metrics import (
-    Extractor,
-    Statistics,
-    StatisticsBuilder,
-    frechet_distance,
-    read_moments,
-)
+from evaluation.metrics import Statistics, StatisticsBuilder, frechet_distance, read_moments
 
 MIN_IMAGES = 2  # of a set: fewer have no covariance
 

@@ -1,137 +1,27 @@
 """How close a set of images is to another: FID, sFID, inception score, precision and recall.
 
-In this order: extractors of features (`InceptionExtractor`, `ClassifierExtractor`), `Statistics` of
-a set of images, and `compare`. The formulas are torch-fidelity's; a distance between features that
-are not Inception's is never called FID but FD, with the extractor's name.
+In this order: `Moments` and `Statistics` of a set of images, from the features of any extractor
+(see features.py), and `compare`. The formulas are torch-fidelity's.
 
 Shape letters: N images in a batch, n in a set, D features, S features with positions.
 """
 
-import hashlib
 import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from common import process
-from common.errors import FileError, UserError
+from common.errors import FileError
 from common.files import atomic_write
-from common.network import why_unreachable
-from evaluation.classifiers import Classifier, Features
+from evaluation.classifiers import Features
 
 NEIGHBOURS = 3  # of precision and recall, arXiv:1904.06991
 MAX_ROWS = 50_000  # images of a set whose features are kept, for precision and recall
-
-
-GIVE_WEIGHTS = "give torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
-
-# ------------------------------------------------------------------------------ extractors
-
-
-class Extractor(Protocol):
-    """Turns images (N, C, S, S) uint8 into features."""
-
-    name: str  # "" for Inception, else what stands in brackets behind FD
-    identity: str  # tells extractors with other weights apart
-
-    def __call__(self, images: Tensor) -> Features: ...
-
-
-def find_inception_weights() -> str | None:
-    """Return the file that was downloaded before, None if it can be downloaded now.
-
-    Raises:
-        UserError: neither.
-    """
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-
-    downloaded = Path(torch.hub.get_dir(), "checkpoints", URL_INCEPTION_V3.split("/")[-1])
-    if downloaded.is_file():
-        return str(downloaded)
-    if why := why_unreachable(URL_INCEPTION_V3):
-        raise UserError(f"--inception-weights: can't be downloaded ({why}); {GIVE_WEIGHTS}")
-    return None
-
-
-class InceptionExtractor:
-    """The Inception v3 of 2015-12-05 that FID is defined with, as torch-fidelity has it.
-
-    sFID looks at the first 7 channels of the first branch of block 6d, 17 x 17 positions, as ADM's
-    evaluation does ("mixed_6/conv" in TensorFlow's graph), in TensorFlow's order: positions, then
-    channels. So a reference's moments of these features (mu_s, sigma_s) can be used.
-    """
-
-    name = ""
-
-    def __init__(self, weights: str | None, device: torch.device) -> None:
-        """Load the network.
-
-        Args:
-            weights: torch-fidelity's file weights-inception-2015-12-05-6726825d.pth; None
-                downloads it.
-            device: where it runs.
-
-        Raises:
-            UserError: the file is not there, is not such weights, or can't be downloaded.
-        """
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-        weights = weights or find_inception_weights()
-        try:
-            if weights is not None:  # torch-fidelity unpickles: first make sure that it is tensors
-                if not Path(weights).is_file():
-                    raise FileNotFoundError("no such file")
-                torch.load(weights, map_location="cpu", weights_only=True)
-            network = FeatureExtractorInceptionV3(
-                "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights
-            )
-        except Exception as error:  # of many types, by what is wrong in the file
-            given = "can't be downloaded" if weights is None else f"{weights} does not load"
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"--inception-weights: {given}; {GIVE_WEIGHTS}: {reason}") from error
-        self.network, self.device = network.to(device), device
-        self._spatial = torch.empty(0)
-        branch: nn.Module = network.Mixed_6d.branch1x1
-        branch.register_forward_hook(self._keep)
-        digest = hashlib.sha256()
-        for tensor in network.state_dict().values():
-            digest.update(tensor.cpu().numpy().tobytes())
-        self.identity = f"inception-nhwc-{digest.hexdigest()[:16]}"
-
-    def _keep(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        self._spatial = output[:, :7].permute(0, 2, 3, 1).flatten(1)  # (N, 17 * 17 * 7)
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Features:
-        """Look at images; gray ones become RGB."""
-        rgb = images.expand(-1, 3, -1, -1).to(self.device)
-        pool, logits = self.network(rgb)
-        return Features(pool.cpu(), self._spatial.float().cpu(), logits.cpu())
-
-
-class ClassifierExtractor:
-    """The features of a small classifier; colour images become gray."""
-
-    name = "classifier features"
-
-    def __init__(self, classifier: Classifier, data: str, device: torch.device) -> None:
-        """Use a classifier of the data."""
-        self.model, self.device = classifier.model.to(device), device
-        digest = hashlib.sha256()
-        for tensor in self.model.state_dict().values():
-            digest.update(tensor.cpu().numpy().tobytes())
-        self.identity = f"{data}-classifier-{digest.hexdigest()[:16]}"
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Features:
-        """Look at images."""
-        gray = images.to(self.device).float().mean(dim=1, keepdim=True) / 127.5 - 1
-        return Features(*(part.float().cpu() for part in self.model.features(gray)))
 
 
 # ------------------------------------------------------------------------------ statistics
@@ -252,15 +142,15 @@ class StatisticsBuilder:
         kept = slice(start, None, self.stride)
         self.kept[first] = features.pool[kept], features.logits[kept]
 
-    def finish(self, run: process.Runtime) -> Statistics | None:
+    def finish(self, rt: process.Runtime) -> Statistics | None:
         """Add up all ranks; returns the statistics on the main one, None elsewhere."""
         shapes = process.gather_on_main([len(m.total) for m in self.moments])
         widths = process.from_main(next((widths for widths in shapes if widths), None))
         self.moments = self.moments or [Moments(width) for width in widths]
         for moments in self.moments:
-            moments.over_ranks(run.device)
+            moments.over_ranks(rt.device)
         gathered = process.gather_on_main(self.kept)
-        if not run.is_main:
+        if not rt.is_main:
             return None
         kept = dict(sorted(item for part in gathered for item in part.items()))
         rows, logits = (torch.cat(column) for column in zip(*kept.values(), strict=True))

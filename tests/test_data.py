@@ -17,7 +17,7 @@ from PIL import Image
 
 from common.errors import UserError
 from common.network import why_unreachable
-from data import TrainBatches, datasets, load_dataset, load_vae, make_loader
+from data import TrainBatches, autoencoders, datasets, load_dataset, load_vae, make_loader
 from train import DdpTrainer
 from train_loop import launch
 from train_settings import build_parser
@@ -89,7 +89,7 @@ def vae_folder(tmp_path_factory):
 def open_vae(folder, **options):
     """Load the VAE of a folder on the CPU."""
     vae = load_vae(folder, device="cpu", **options)
-    assert isinstance(vae, datasets.VAE)
+    assert isinstance(vae, autoencoders.VAE)
     return vae
 
 
@@ -390,7 +390,7 @@ def test_decode_is_float32_and_does_not_depend_on_chunks_or_autocast(vae_folder,
     vae = open_vae(vae_folder, dtype=torch.bfloat16)
     latents = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     at_once = vae.decode(latents)
-    monkeypatch.setattr(datasets, "DECODE_CHUNK_PIXELS", 16)
+    monkeypatch.setattr(autoencoders, "DECODE_CHUNK_PIXELS", 16)
     with torch.autocast("cpu", torch.bfloat16):
         one_by_one = vae.decode(latents)
     assert at_once.dtype == one_by_one.dtype == torch.float32
@@ -504,7 +504,7 @@ def test_a_downloaded_vae_loads_without_a_network(vae_folder, tmp_path, monkeypa
     shutil.copytree(vae_folder, tmp_path / "files" / subfolder, dirs_exist_ok=True)
     write_hub_cache(tmp_path / "hub", "someone/vae", tmp_path / "files")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(datasets, "why_unreachable", lambda url: "no network")
+    monkeypatch.setattr(autoencoders, "why_unreachable", lambda url: "no network")
     assert open_vae("someone/vae").channels == 4
 
 
@@ -529,7 +529,7 @@ def test_a_server_that_never_answers_is_given_up_after_the_time_allowed(monkeypa
 
 def test_no_vae_leaves_the_images_as_they_are():
     pixels = load_vae("none", device="cpu")
-    assert (pixels.x0_range, datasets.VAE.x0_range) == ((-1.0, 1.0), None)
+    assert (pixels.x0_range, autoencoders.VAE.x0_range) == ((-1.0, 1.0), None)
     images = torch.rand(2, 1, 8, 8) * 2 - 1
     assert pixels.downsample == 1
     assert torch.equal(pixels.decode(pixels.encode(images)), images)

@@ -326,7 +326,7 @@ def test_many_shards_are_read_with_few_files_open(
         row = torch.full((1, 2, 2, 4, 4, 4), float(shard)).half().view(torch.int16).numpy()
         np.save(folder / f"shard-{shard:05d}.npy", row)
     code = (
-        "import sys; from pathlib import Path; from latent_cache import CachedLatents\n"
+        "import sys; from pathlib import Path; from data import CachedLatents\n"
         "found = CachedLatents(Path(sys.argv[1]))\n"
         "keys = [(index, False) for index in range(200)]\n"
         "print(*found.moments(keys).mean(dim=(1, 2, 3, 4)).int().tolist())"

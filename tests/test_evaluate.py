@@ -23,8 +23,9 @@ from common.errors import FileError, UserError
 from evaluation import classifiers, comparison
 from evaluation.classifiers import load_classifier
 from evaluation.comparison import Look, describe_source, reference_statistics
+from evaluation.features import ClassifierExtractor
 from evaluation.image_sets import NpzSet, save_npz
-from evaluation.metrics import ClassifierExtractor, Statistics
+from evaluation.metrics import Statistics
 from models import DiT, DiTConfig
 
 TINY = DiTConfig(
@@ -357,7 +358,7 @@ def test_what_is_wrong_is_said_before_a_network_is_loaded(
     no_network: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("evaluation.metrics.why_unreachable", lambda url: "no network")
+    monkeypatch.setattr("evaluation.features.why_unreachable", lambda url: "no network")
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
     with pytest.raises(UserError, match=message) as caught:
         run(folder, tmp_path / "out", *(word.format(tmp=tmp_path) for word in more))

@@ -12,16 +12,8 @@ from torch import Tensor
 from common import process
 from common.errors import FileError, UserError
 from evaluation.classifiers import Classifier, Features, SmallCNN
-from evaluation.metrics import (
-    ClassifierExtractor,
-    InceptionExtractor,
-    Moments,
-    Statistics,
-    StatisticsBuilder,
-    compare,
-    find_inception_weights,
-    frechet_distance,
-)
+from evaluation.features import ClassifierExtractor, InceptionExtractor, find_inception_weights
+from evaluation.metrics import Moments, Statistics, StatisticsBuilder, compare, frechet_distance
 
 ALONE = process.Runtime(0, 1, torch.device("cpu"))
 
