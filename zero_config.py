@@ -134,7 +134,7 @@ def engine_config(settings: TrainSettings, config: Mapping[str, Any]) -> dict[st
         # Always clipped, if only at infinity: the engine computes the norm, a curve, on the way.
         "gradient_clipping": settings.clip_grad or float("inf"),
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW, on the CPU too
-        "steps_per_print": 10**12,
+        "steps_per_print": None,  # never
         "torch_autocast": {
             "enabled": settings.precision != "fp32",
             "dtype": "float16" if settings.precision == "fp16" else "bfloat16",

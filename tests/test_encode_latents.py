@@ -446,6 +446,15 @@ def test_the_images_of_a_cache_are_those_that_it_was_made_of(inputs: Path, cache
     assert torch.equal(found.pixels(torch.arange(3)), expected.pixels(torch.arange(3)))
 
 
+def test_a_cache_has_the_fingerprint_of_its_images_but_not_with_some_left_out(
+    inputs: Path, cache: Path
+) -> None:
+    images, found = load_dataset(inputs / "images", image_size=SIZE), CachedLatents(cache)
+    assert found.fingerprint() == images.fingerprint()
+    found.index = found.index | {"unreadable": [{"index": 3, "error": "broken"}]}
+    assert found.fingerprint() != images.fingerprint()
+
+
 def test_an_index_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "index.json").write_text(json.dumps({"format": "else", "version": 1}))
     with pytest.raises(ValueError, match=r"index\.json is not of a latent cache"):
