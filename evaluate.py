@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import checkpoint_hash, latest_checkpoint
+from checkpoint import checkpoint_hash, resolve_checkpoint
 from common import process
 from common.errors import UserError, one_line_errors
 from common.files import atomic_write, make_writable
@@ -173,13 +173,12 @@ class SampleRun:
             FileNotFoundError: there is no such checkpoint.
         """
         self.args, self.rt = args, rt
-        self.name = Path(args.ckpt).stem
-        found = latest_checkpoint(args.ckpt) if rt.is_main and Path(args.ckpt).is_dir() else None
-        if found := process.from_main(found):
-            self.name, args.ckpt = f"{Path(args.ckpt).name}-{found.stem}", str(found)
+        given, found = Path(args.ckpt), process.call_on_main(resolve_checkpoint, args.ckpt)
+        self.name = given.stem if found == given else f"{given.name}-{found.stem}"
+        args.ckpt = str(found)
         self.opened = open_run(args.ckpt, device=rt.device, **drawing_options(args))
         # Once, since a run that trains deletes its old checkpoints.
-        self.hash = process.from_main(checkpoint_hash(self.opened.path) if rt.is_main else "")
+        self.hash = process.call_on_main(checkpoint_hash, self.opened.path)
         diffusion = self.opened.diffusion
         args.sampler = args.sampler or diffusion.default_sampler
         if args.sampler not in diffusion.samplers:
@@ -295,18 +294,21 @@ def _times_and_noise(
 # ------------------------------------------------------------------------------ main
 
 
-def open_out(args: argparse.Namespace, samples: SampleRun | None, rt: process.Runtime) -> Path:
+def open_out(args: argparse.Namespace, samples: SampleRun | None) -> Path:
     """Return the folder of the results, to which they can be written.
 
     Raises:
         UserError: it can't be written to, or has a metrics.json of another program.
     """
     out = Path(args.out or default_out(args, samples))
-    if rt.is_main:
+
+    def check() -> None:
         make_writable(out, "--out")
         found = out / "metrics.json"
         if found.exists() and not {"flags", "values", "facts"} <= read_object(found).keys():
             raise UserError(f"{found} is not of this script; give another --out")
+
+    process.call_on_main(check)
     return out
 
 
@@ -325,12 +327,10 @@ def load_witness(args: argparse.Namespace, rt: process.Runtime) -> Classifier | 
     """Return the classifier of a data set by name, trained if it must be; None for other data."""
     if args.reference not in EPOCHS:
         return None
-    cache = Path(args.cache)
-    if rt.is_main:
-        make_writable(cache, "--cache")
-        load_classifier(args.reference, cache, args.fashion_mnist_root)
-    process.barrier()
-    witness = load_classifier(args.reference, cache, args.fashion_mnist_root)
+    cache = process.call_on_main(make_writable, args.cache, "--cache")
+    witness: Classifier = process.call_on_main(
+        load_classifier, args.reference, cache, args.fashion_mnist_root
+    )
     witness.model.to(rt.device)
     return witness
 
@@ -454,7 +454,7 @@ def main(args: argparse.Namespace) -> None:
     judged = open_judged(Path(args.images), args.image_size) if args.images else []
     samples = SampleRun(args, rt) if args.ckpt else None
     reference, others = open_real(args, samples.opened.settings if samples else {})
-    out = open_out(args, samples, rt)
+    out = open_out(args, samples)
     witness = load_witness(args, rt)
     look = Look(load_extractor(args, witness, rt), args.batch_size, rt)
 

@@ -428,7 +428,7 @@ def test_training_refuses_flags_that_contradict_the_cache(
         next(other.model.parameters()).add_(1)
     other.model.save_pretrained(tmp_path / "other")
     words = [word.format(other=tmp_path / "other") for word in more]
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(UserError, match=message):
         train_losses(cache, tmp_path / "results", *words)
 
 
