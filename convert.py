@@ -18,7 +18,7 @@ from common.errors import UserError, one_line_errors
 from common.flags import FlagParser, dtype_flag, flag, model_size, number
 from common.process import DTYPES
 from hub import check_new, our_blocks, save_file, save_folder, save_pipeline, save_published
-from layouts import known_fields
+from layouts import check_told, known_fields
 from models import DiT_models
 from weights import Weights, find_vae_path, open_weights, verify_weights
 
@@ -93,9 +93,9 @@ def write(args: argparse.Namespace, weights: Weights) -> str:
 def main(args: argparse.Namespace) -> None:
     """Open, verify, write."""
     check_destination(args)
-    names = ("num_heads", "num_experts_per_tok")
-    known = known_fields(args.model, **{name: getattr(args, name) for name in names})
-    weights = open_weights(args.src, ema=args.ema, known=known)
+    told = {"num_heads": args.num_heads, "num_experts_per_tok": args.num_experts_per_tok}
+    weights = open_weights(args.src, ema=args.ema, known=known_fields(args.model, **told))
+    check_told(args.src, told | {"model": args.model}, weights.config)
     verify_weights(weights)
     result = write(args, weights)
     kind = f"{weights.kind} weights" if weights.kind else "weights"

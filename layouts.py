@@ -16,11 +16,13 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from models import DiT_models, DiTConfig
 
 StateDict = Mapping[str, Tensor]
@@ -236,6 +238,29 @@ def known_fields(model: str | None = None, **flags: Any) -> dict[str, Any]:
         with torch.device("meta"):
             fields["num_heads"] = DiT_models[model]().config.num_heads
     return fields
+
+
+def check_told(path: str | Path, told: Mapping[str, Any], config: DiTConfig) -> None:
+    """Compare what flags say with the config of a checkpoint.
+
+    Args:
+        path: of the checkpoint, for the message.
+        told: by flag, "model" or a config field; None says nothing, other names are left alone.
+        config: of the checkpoint.
+
+    Raises:
+        UserError: naming the first flag that contradicts it.
+    """
+    if name := told.get("model"):
+        with torch.device("meta"):
+            size = DiT_models[name]().config
+        for field in ("hidden_size", "depth", "patch_size"):
+            ours, theirs = getattr(size, field), getattr(config, field)
+            if ours != theirs:
+                raise UserError(f"--model {name} has {field} {ours}, {path} has {theirs}")
+    for name, theirs in config.to_dict().items():
+        if told.get(name) not in (None, theirs):
+            raise UserError(f"--{name.replace('_', '-')} {told[name]}: {path} has {theirs}")
 
 
 def infer_config(state: StateDict, known: Mapping[str, Any] | None = None) -> DiTConfig:

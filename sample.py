@@ -21,12 +21,11 @@ from common import process
 from common.errors import UserError, one_line_errors
 from common.flags import FlagParser, number, sampling_flags, sampling_options
 from common.labels import label_numbers
-from common.pictures import FORMATS, check_picture_path, save_grid
+from common.pictures import FORMATS, check_grid, check_picture_path, save_grid
 from sampling.opening import DrawingRun, drawing_flags, drawing_options, open_run
 
 IMAGENET_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]  # DiT's own picture
 NUM_IMAGES = 40  # about, by default
-BYTES_PER_VALUE = 16  # of a picture on its way from the autoencoder to the file
 
 
 def build_parser() -> FlagParser:
@@ -86,19 +85,13 @@ def columns_per_class(num_labels: int, per_class: int) -> int:
     return min((low, low + 1), key=longer_than_wide)
 
 
-def plan_grid(args: argparse.Namespace, run: DrawingRun, num_labels: int) -> tuple[int, int]:
-    """Return the number of images of each class, and of the columns that they fill.
-
-    Raises:
-        UserError: so many images fit no memory.
-    """
-    per_class = args.num_per_class or max(NUM_IMAGES // num_labels, 1)
-    values = num_labels * per_class * 3 * run.image_size**2
-    process.check_memory(values * BYTES_PER_VALUE, f"--num-per-class {per_class}")
+def plan_grid(num_per_class: int | None, num_labels: int) -> tuple[int, int]:
+    """Return the number of images of each class, and of the columns that they fill."""
+    if num_per_class is not None:
+        return num_per_class, columns_per_class(num_labels, num_per_class)
+    per_class = max(NUM_IMAGES // num_labels, 1)
     width = columns_per_class(num_labels, per_class)
-    if args.num_per_class is None:  # no gaps in the last row
-        per_class -= per_class % width
-    return per_class, width
+    return per_class - per_class % width, width  # no gaps in the last row
 
 
 def default_out(args: argparse.Namespace, path: Path) -> Path:
@@ -130,7 +123,11 @@ def default_out(args: argparse.Namespace, path: Path) -> Path:
 
 
 def draw(run: DrawingRun, y: Tensor, args: argparse.Namespace, device: torch.device) -> Tensor:
-    """Draw an image for each of the labels (N,); returns (N, C, S, S) in [-1, 1] on the CPU."""
+    """Draw an image for each of the labels (N,); returns (N, C, S, S) in [-1, 1] on the CPU.
+
+    Raises:
+        UserError: an image is not finite.
+    """
     config = run.config
     generator = torch.Generator().manual_seed(args.seed)
     shape = (len(y), config.in_channels, config.input_size, config.input_size)
@@ -148,6 +145,11 @@ def draw(run: DrawingRun, y: Tensor, args: argparse.Namespace, device: torch.dev
             progress=True,
         )
         images.append(run.vae.decode(latents).cpu())
+        if not images[-1].isfinite().all():
+            raise UserError(
+                f"the model drew NaN in {process.long_name(run.model.dtype)}: try --dtype fp32, or "
+                f"a --cfg-scale below {args.cfg_scale:g}"
+            )
     return torch.cat(images)
 
 
@@ -181,17 +183,16 @@ def main(args: argparse.Namespace) -> None:
     run = open_run(args.ckpt, device=rt.device, **drawing_options(args))
     out = check_picture_path(args.out or default_out(args, run.path))
     labels = choose_labels(args, run)
-    per_class, width = plan_grid(args, run, len(labels))
+    per_class, width = plan_grid(args.num_per_class, len(labels))
+    columns, count = width * len(labels), per_class * len(labels)
+    check_grid(out, count, run.image_size, columns, f"--num-per-class {per_class}")
     images = draw(run, torch.tensor(labels).repeat(per_class), args, rt.device)
-    names = []
-    for label in labels:
-        known = label < len(run.class_names)
-        names += [run.class_names[label] if known else str(label), *[""] * (width - 1)]
-    grid = arrange(images, len(labels), width)
-    save_grid(grid, out, columns=width * len(labels), column_names=names)
-    columns = "one class a column" if width == 1 else f"each class in {width} columns"
+    known = dict(enumerate(run.class_names))
+    names = [name for i in labels for name in (known.get(i, str(i)), *[""] * (width - 1))]
+    save_grid(arrange(images, len(labels), width), out, columns=columns, column_names=names)
+    order = "one class a column" if width == 1 else f"each class in {width} columns"
     dtype = process.long_name(run.model.dtype)
-    print(f"{len(images)} images, {columns}, {run.diffusion.objective}, {dtype}: {out}")
+    print(f"{count} images, {order}, {run.diffusion.objective}, {dtype}: {out}")
 
 
 if __name__ == "__main__":

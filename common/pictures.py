@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from common.errors import FileError, printable
+from common.errors import FileError, UserError, printable
 from common.files import atomic_write, check_folder
+from common.process import check_memory
 
 MIN_SIDE = 64  # pixels: smaller images are enlarged by a whole number
 FRAME = 2  # pixels around every image
+BYTES_PER_PIXEL = 20  # of a picture on its way from the autoencoder to the file
 
 
 class _Format(NamedTuple):
@@ -54,6 +56,35 @@ def check_picture_path(path: str | Path) -> Path:
     return path
 
 
+def check_grid(path: Path, count: int, side: int, columns: int, flag: str) -> None:
+    """Refuse a grid that no memory or not its format can hold, before its images are drawn.
+
+    Args:
+        path: as in `save_grid`.
+        count: number of images.
+        side: of an image, in pixels.
+        columns: images in a row.
+        flag: the flag and value that ask for so many.
+
+    Raises:
+        UserError: it is too large; the message begins with `flag`.
+    """
+    cell = side * _enlargement(side) + FRAME
+    width, height = columns * cell + FRAME, math.ceil(count / columns) * cell + FRAME
+    check_memory(width * height * BYTES_PER_PIXEL, flag)
+    format = FORMATS[path.suffix]
+    if max(width, height) > format.max_side:
+        raise UserError(
+            f"{flag}: {width}x{height} pixels are too many for {path}, {format.name} takes "
+            f"{format.max_side} a side; take .png or fewer images"
+        )
+
+
+def _enlargement(side: int) -> int:
+    """Return by how much images are enlarged whose shorter side has so many pixels."""
+    return math.ceil(MIN_SIDE / side)  # 1 from MIN_SIDE on
+
+
 def save_grid(
     images: Tensor, path: str | Path, *, columns: int, column_names: Sequence[str] = ()
 ) -> None:
@@ -68,8 +99,7 @@ def save_grid(
             name on its left.
 
     Raises:
-        FileError: see `check_picture_path`; the picture is too large for its format; or it could
-            not be written.
+        FileError: see `check_picture_path`; or it could not be written, see `check_grid`.
     """
     from PIL import Image
 
@@ -82,11 +112,6 @@ def save_grid(
         heads = _heads(column_names, (width - FRAME) // columns, width)
         grid = np.concatenate([heads, grid])
     format = FORMATS[path.suffix]
-    if max(grid.shape) > format.max_side:
-        raise FileError(
-            f"{path}: {width}x{len(grid)} pixels are too many for {format.name}, which takes "
-            f"{format.max_side} a side; write a .png, or fewer images"
-        )
     with atomic_write(path) as temp:
         Image.fromarray(grid).save(temp, format.name, **format.options)
 
@@ -95,7 +120,7 @@ def _pixels(images: Tensor) -> np.ndarray:
     """Return images (N, C, H, W) in [-1, 1] as bytes (N, H, W, 3), enlarged to `MIN_SIDE`."""
     unit = (images.detach().float().cpu().clamp(-1, 1) + 1) / 2
     pixels = (unit * 255 + 0.5).byte().permute(0, 2, 3, 1).numpy()
-    enlarge = math.ceil(MIN_SIDE / min(pixels.shape[1:3]))  # 1 from MIN_SIDE on
+    enlarge = _enlargement(min(pixels.shape[1:3]))
     pixels = pixels.repeat(enlarge, axis=1).repeat(enlarge, axis=2)
     return np.broadcast_to(pixels, (*pixels.shape[:3], 3))
 

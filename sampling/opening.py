@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.flags import FlagGroup, FlagParser, dtype_flag, flag, model_size, number
 from data import VAE, Pixels, load_vae
 from diffusion import Diffusion, create_diffusion
-from layouts import known_fields
+from layouts import check_told, known_fields
 from models import DiT, DiT_models, DiTConfig
 from sampling.offload import build_for_sampling, check_options
 from weights import find_objective, find_vae_path, open_weights
@@ -134,7 +134,7 @@ def open_run(
     known = known_fields(told.get("model"), num_experts_per_tok=told.get("num_experts_per_tok"))
     weights = open_weights(path, ema=ema, known=known)
     config, settings = weights.config, weights.settings
-    _compare(path, told, config)
+    check_told(path, told, config)
     check_options(weights, device, quantize=quantize, offload=offload)
     objective = find_objective(settings, config, rf)
     vae_path = find_vae_path(settings, vae_path)
@@ -150,22 +150,3 @@ def open_run(
     )
     diffusion = create_diffusion(objective, learn_sigma=config.learn_sigma, x0_range=vae.x0_range)
     return DrawingRun(weights.path, model, diffusion, vae, vae_path, settings)
-
-
-def _compare(path: str | Path, told: Mapping[str, Any], config: DiTConfig) -> None:
-    """Compare what flags say with the config of a checkpoint.
-
-    Raises:
-        UserError: naming the first flag that contradicts it.
-    """
-    if name := told.get("model"):
-        with torch.device("meta"):
-            size = DiT_models[name]().config
-        for field in ("hidden_size", "depth", "patch_size"):
-            ours, theirs = getattr(size, field), getattr(config, field)
-            if ours != theirs:
-                raise UserError(f"--model {name} has {field} {ours}, {path} has {theirs}")
-    for name in ("num_classes", "num_experts", "num_experts_per_tok"):
-        if told.get(name) not in (None, getattr(config, name)):
-            flag_name = name.replace("_", "-")
-            raise UserError(f"--{flag_name} {told[name]}: {path} has {getattr(config, name)}")

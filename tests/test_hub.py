@@ -269,6 +269,15 @@ def test_a_destination_that_cannot_be_is_refused_before_anything_is_read(
         run(source, tmp_path / dst, *flags)
 
 
+def test_a_flag_that_contradicts_the_config_is_refused(tmp_path: Path) -> None:
+    for flag, told in (("--num-heads", "4"), ("--num-experts-per-tok", "1")):
+        with pytest.raises(UserError, match=rf"{flag} {told}: .*ours\.safetensors has 2"):
+            run(saved(tmp_path), tmp_path / "x", flag, told)
+    with pytest.raises(UserError, match=r"--model DiT-S/2 has hidden_size 384, .* has 32"):
+        run(saved(tmp_path), tmp_path / "x", "--model", "DiT-S/2")
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize("name", ["x.pt", "x.safetensors", "x"])
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, name: str) -> None:
     source = saved(tmp_path)

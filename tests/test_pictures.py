@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from common.errors import FileError, UserError
-from common.pictures import FORMATS, save_grid
+from common.pictures import FORMATS, check_grid, save_grid
 
 
 def read(path: Path) -> np.ndarray:
@@ -93,9 +93,11 @@ def test_a_grid_too_large_for_its_format_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(FORMATS, ".webp", FORMATS[".webp"]._replace(max_side=130))
-    save_grid(torch.zeros(1, 3, 64, 64), tmp_path / "one.webp", columns=1)
-    with pytest.raises(FileError, match=r"two\.webp: 134x68 pixels are too many for webp"):
-        save_grid(torch.zeros(2, 3, 64, 64), tmp_path / "two.webp", columns=2)
+    check_grid(tmp_path / "one.webp", 1, 64, 1, "--flag 1")
+    with pytest.raises(UserError, match=r"--flag 2: 134x68 pixels .* for .*two\.webp, webp takes"):
+        check_grid(tmp_path / "two.webp", 2, 64, 2, "--flag 2")
+    with pytest.raises(UserError, match=r"--flag 10000000 needs [\d,]+ GiB of memory"):
+        check_grid(tmp_path / "two.png", 10_000_000, 8, 2, "--flag 10000000")
 
 
 def test_a_failed_write_keeps_the_old_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

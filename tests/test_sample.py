@@ -253,6 +253,13 @@ def test_where_nothing_can_be_written_nothing_is_drawn(
         sample(run, Path("/proc/1/grid.png"))
 
 
+def test_a_picture_of_no_numbers_is_not_written(run: Path, tmp_path: Path) -> None:
+    assert_refused(
+        r"the model drew NaN in float32: try .*--cfg-scale below 1e\+300",
+        *(run, tmp_path / "grid.png", "--cfg-scale", "1e300", "--num-per-class", "1"),
+    )
+
+
 def test_a_mistake_is_one_line_and_exit_code_2(run: Path) -> None:
     command = [sys.executable, "sample.py", "--ckpt", str(run), "--labels", "\x1b[31mdog"]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
