@@ -35,6 +35,11 @@ SAFETENSORS_TYPES = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
 }
+# Fields of DiTConfig that the published DiT-MoE has no choice of.
+UNPUBLISHED = (
+    *("affinity", "selection", "capacity", "routed_scaling_factor", "unconditional_expert"),
+    *("moe_blocks", "first_k_dense_replace", "qk_norm_eps"),
+)
 SHARD_BYTES = 2**28  # a block that is larger gets its own file
 ROOT = Path(__file__).parent
 PIPELINE_CODE = ("models.py", "moe_ops", "diffusion")  # what a pipeline folder carries along
@@ -233,6 +238,13 @@ def save_published(
     config = weights.config
     for new in (path, description_path(path)):
         check_new(new)
+    default = DiTConfig()
+    changed = [name for name in UNPUBLISHED if getattr(config, name) != getattr(default, name)]
+    if changed := changed + ["balance"] * ("bias" in config.balance):
+        raise UserError(
+            f"{path}: the published code knows no {changed[0]}={getattr(config, changed[0])!r}; "
+            "write a .safetensors or a folder"
+        )
     has = f"this model has mlp_type={config.mlp_type!r}"
     if config.num_experts and (config.mlp_type != "swiglu" or config.norm_topk_prob):
         raise UserError(

@@ -4,8 +4,8 @@
    `verify_weights` compares the files with their checksums.
 2. `empty_model`, `read_blocks`: the model without memory, and its tensors in our layout, each
    checked when its turn comes.
-3. `load_model`, `build_model`, `place`, `add_pos_embed`: to a `DiT` in the right dtype on the right
-   device; `page_out` for those who read a block at a time.
+3. `load_model`, `build_model`, `is_exact`, `place`, `add_pos_embed`: to a `DiT` in the right dtype
+   on the right device; `page_out` for those who read a block at a time.
 4. `load_settings`, `find_objective`, `find_vae_path`: what else a file says.
 5. `_open` and below: which layout it is. The names inside published files are in layouts.py.
 """
@@ -44,7 +44,6 @@ from layouts import StateDict, block_index, by_block, infer_config, to_ours
 from models import DiT, DiTConfig, sincos_pos_embed
 from sharded import ShardedCheckpoint
 
-FLOAT32_NAMES = ("pos_embed", "moe.router.weight")  # computed in float32 whatever the rest is in
 MADV_PAGEOUT = 21  # Linux
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"  # of published files, which name none
 
@@ -217,7 +216,7 @@ def load_model(
             published .pt, or a diffusers DiTTransformer2DModel folder.
         ema: take the averaged weights where the file has both; False insists on the others.
             A file with one unnamed set of weights serves both.
-        dtype: of the parameters, except `FLOAT32_NAMES`; None for that of the file.
+        dtype: of the parameters, except those of `is_exact`; None for that of the file.
         device: of the parameters.
         config: needed where shapes don't tell it all (see `infer_config`), else left out.
         known: config fields that neither the file nor its shapes tell (see `known_fields`);
@@ -245,6 +244,11 @@ def build_model(
     return model
 
 
+def is_exact(name: str) -> bool:
+    """Tell whether a parameter is float32 whatever the rest is in: routers and positions."""
+    return name == "pos_embed" or "moe.router." in name
+
+
 def place(
     name: str,
     tensor: Tensor,
@@ -252,8 +256,8 @@ def place(
     dtype: torch.dtype | None,
     copy: bool = False,
 ) -> Tensor:
-    """Bring a parameter to its device and dtype: `dtype`, or float32 for `FLOAT32_NAMES`."""
-    if dtype is not None and name.endswith(FLOAT32_NAMES):
+    """Bring a parameter to its device and dtype: `dtype`, or float32 for those of `is_exact`."""
+    if dtype is not None and is_exact(name):
         dtype = torch.float32
     return tensor.to(device, dtype, copy=copy)
 

@@ -44,7 +44,7 @@ class DiTMoE(ModelMixin):
         models = importlib.import_module(f"{PACKAGE}.models")
         dit = models.DiT.from_pretrained(folder)
         for name, parameter in dit.named_parameters() if torch_dtype is not None else ():
-            if not name.endswith(("pos_embed", "moe.router.weight")):
+            if name != "pos_embed" and "moe.router." not in name:
                 parameter.data = parameter.data.to(torch_dtype)
         return cls(dit).eval()
 

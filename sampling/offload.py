@@ -101,7 +101,8 @@ def build_for_sampling(
         block: Any = model.blocks[index]
         placed = {name: place(name, t, device, dtype) for name, t in tensors.items()}
         block.load_state_dict(placed, assign=True)
-        block.moe.experts = Int8Experts(block.moe.experts)
+        if block.is_moe:
+            block.moe.experts = Int8Experts(block.moe.experts)
     return model
 
 
@@ -148,16 +149,26 @@ class Int8Experts(nn.Module):
         self.dtype = up.dtype
         quantize_(self, Int8WeightOnlyConfig())
 
-    def forward(self, x: Tensor, expert_indices: Tensor, expert_weights: Tensor) -> Tensor:
-        """Send (M, D) tokens through their (M, K) experts; returns the (M, D) weighted sum."""
+    def forward(
+        self,
+        x: Tensor,
+        expert_indices: Tensor,
+        expert_weights: Tensor,
+        num_rows: int | None = None,
+    ) -> Tensor:
+        """Send (M, D) tokens through their experts, see `Routing`; returns the (M, D) sum."""
         x, k = x.to(self.dtype), expert_indices.shape[1]
         plan = sort_by_expert(expert_indices, len(self.up))
-        rows = x.index_select(0, plan.order // k)  # (R, D)
-        row_weights = expert_weights.to(x.dtype).flatten().index_select(0, plan.order)[:, None]
-        segments = rows.tensor_split(plan.offsets.tolist()[:-1])
-        experts = zip(self.up, self.down, segments, strict=True)
+        ends = plan.offsets.tolist()
+        order = plan.order[: ends[-1]]  # (R,), without empty slots, which come last
+        rows = x.index_select(0, order // k)  # (R, D)
+        row_weights = expert_weights.to(x.dtype).flatten().index_select(0, order)[:, None]
+        experts = zip(self.up, self.down, rows.tensor_split(ends[:-1]), strict=True)
         out = [down(self._activate(up(part))) for up, down, part in experts if len(part)]
-        return sum_rows(torch.cat(out) * row_weights, plan.inverse, k)
+        weighted = torch.cat(out) * row_weights
+        if num_rows is None:
+            return sum_rows(weighted, plan.inverse, k)
+        return torch.zeros_like(x).index_add_(0, order // k, weighted)
 
     def _activate(self, hidden: Tensor) -> Tensor:
         if self.is_gelu:

@@ -15,11 +15,11 @@ import moe_ops
 import sample
 from checkpoint import save_safetensors
 from diffusion import create_diffusion
-from hub import save_folder
+from hub import save_folder, save_published
 from layouts import by_block, to_published
-from models import DiT, DiTConfig
+from models import FAMILIES, DiT, DiTConfig
 from sampling.offload import Int8Experts, load_for_sampling
-from weights import load_model
+from weights import load_model, open_weights
 
 TINY = DiTConfig(
     input_size=8, hidden_size=64, depth=3, num_heads=2, num_classes=3, num_experts=4, qk_norm=True
@@ -97,6 +97,23 @@ def test_int8_experts_are_near_bfloat16_and_a_quarter_of_float32(
     assert stored.dtype == torch.int8
 
 
+@pytest.mark.parametrize("family", [*FAMILIES])
+def test_every_family_can_be_streamed_and_quantized(tmp_path: Path, family: str) -> None:
+    """Empty slots, dense blocks between, an expert for images without a class; 12 blocks."""
+    pytest.importorskip("torchao")
+    small = {"hidden_size": 64, "depth": 12, "num_heads": 2, "num_classes": 3, "input_size": 8}
+    model = random_model(DiTConfig(**{**FAMILIES[family][0], **small}))
+    path = save(model, tmp_path, "folder")
+    expected = draw(model)
+    assert torch.equal(draw(load_for_sampling(path, offload="disk")), expected)
+    assert relative_error(draw(load_for_sampling(path, quantize="int8")), expected) < 0.05
+    half = load_for_sampling(path, dtype=torch.bfloat16)
+    exact = {name for name, tensor in half.state_dict().items() if tensor.dtype == torch.float32}
+    assert exact == {"pos_embed"} | {name for name in half.state_dict() if ".router." in name}
+    with pytest.raises(ValueError, match="the published code knows no"):
+        save_published(tmp_path / "x.pt", open_weights(path), flash_attention=False, dtype=None)
+
+
 def test_options_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     path = save(random_model(), tmp_path, "safetensors")
     with pytest.raises(ValueError, match="--quantize int8 and --offload disk exclude each other"):
@@ -171,8 +188,16 @@ def test_a_deep_model_in_real_float16_has_no_nan_over_50_steps() -> None:
     assert relative_error(found, expected) < 0.05
 
 
-def grouped(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+def grouped(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    num_rows: int | None,
+) -> Tensor:
     """Route by single operators, so that each is rounded."""
+    assert num_rows is None
     plan = moe_ops.sort_by_expert(indices, len(gate_up))
     return moe_ops.swiglu_grouped(x, gate_up, down, weights.to(x.dtype), plan)
 
