@@ -196,30 +196,41 @@ def fit(trainer: Trainer) -> int:
             before = trainer.step
             values = trainer.train_step(islice(batches, settings.accum_steps))
             stopped_by = stop.agreed()
-            step, moved = trainer.step, trainer.step > before
-            if moved:
-                reporter.add(**values)
-            else:
+            if trainer.step == before:  # the gradient overflowed float16
                 reporter.skip()
-            due = moved and (step % settings.ckpt_every == 0 or step == settings.max_steps)
-            saves = due or (stopped_by and step > saved)
-            if saves or (moved and step % settings.log_every == 0):
-                reporter.log(step, learning_rate(settings, step))  # refuses NaN
+                continue
+            reporter.add(**values)
+            step = trainer.step
+            saves = step % settings.ckpt_every == 0 or step == settings.max_steps
             if saves:
-                if not trainer.is_finite():
-                    raise DivergedError(f"weights are no numbers {reporter.after(step)}")
-                trainer.save()
+                save(trainer, reporter)
                 saved = step
-            if moved and not stopped_by and grid_is_due(trainer):
+            elif step % settings.log_every == 0:
+                reporter.log(step, learning_rate(settings, step))
+            if grid_is_due(trainer) and not stopped_by:
                 draw(trainer, reporter)
+        if stopped_by and trainer.step > saved:
+            save(trainer, reporter)
     if stopped_by:
-        name = signal.Signals(stopped_by).name
         logging.info(
-            "stopped by %s: step %d is saved, the same command continues", name, trainer.step
-        )
+            "stopped by %s at step %d, which is saved: the same command continues",
+            signal.Signals(stopped_by).name, trainer.step,
+        )  # fmt: skip
     else:
         logging.info("done: %s is at step %d", job.run_dir, trainer.step)
     return stopped_by
+
+
+def save(trainer: Trainer, reporter: Reporter) -> None:
+    """Write a checkpoint of what has been looked at.
+
+    Raises:
+        DivergedError: loss, gradient, weights or averages are no numbers.
+    """
+    reporter.log(trainer.step, learning_rate(trainer.job.settings, trainer.step))
+    if not trainer.is_finite():
+        raise DivergedError(f"weights are no numbers {reporter.after(trainer.step)}")
+    trainer.save()
 
 
 def grid_is_due(trainer: Trainer) -> bool:

@@ -60,7 +60,7 @@ def test_a_signal_ends_a_run_after_its_step_which_is_saved_and_goes_on_bit_for_b
     output = launched.log.read_text()
     step = last_step(tmp_path / "run")
     assert 5 <= step < MAX_STEPS and "Traceback" not in output
-    said = rf"stopped by {number.name}: step {step} is saved, the same command continues"
+    said = rf"stopped by {number.name} at step {step}, which is saved: the same command continues"
     assert re.search(said, output) and re.search(said, (tmp_path / "run" / "log.txt").read_text())
     Process(command, tmp_path / "resumed.txt").wait()
     ours, theirs = (
@@ -84,7 +84,7 @@ def test_ranks_whose_launcher_is_told_to_stop_agree_on_the_step_that_they_save(
     launched.popen.terminate()
     assert launched.popen.wait(60) != 0
     step = last_step(tmp_path / "run")
-    assert f"stopped by SIGTERM: step {step} is saved" in launched.log.read_text()
+    assert f"stopped by SIGTERM at step {step}, which is saved" in launched.log.read_text()
     output = Process(torchrun(script, *flags), tmp_path / "resumed.txt").wait()
     assert f"at step {step}" in output and "done: " in output
 
