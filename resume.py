@@ -18,7 +18,8 @@ from checkpoint import (
     verify_checkpoint,
 )
 from common import process
-from common.errors import FileError, UserError
+from common.errors import FileError, UserError, blamed_on
+from models import DiTConfig
 from train_settings import WARN_IF_CHANGED, TrainSettings
 from train_utils import Job
 from weights import load_settings
@@ -89,7 +90,8 @@ def check_resumable(job: Job, path: Path, config: dict[str, Any], settings: dict
             )
         logging.warning("%s%s", text, difference)
     ours = {**job.model.config.to_dict(), "objective": job.settings.objective}
-    theirs = {**config, "objective": settings["objective"]}
+    with blamed_on(f"--resume: {path}"):  # JSON has lists for tuples; older files lack new fields
+        theirs = {**DiTConfig.from_dict(config).to_dict(), "objective": settings["objective"]}
     if differing := [name for name in ours if theirs.get(name) != ours[name]]:
         raise UserError(
             f"--resume: {path} was trained with another {', '.join(differing)}; "

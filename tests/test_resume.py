@@ -1,5 +1,6 @@
 """A run goes on from its own checkpoints, with its own data, and never silently from step 0."""
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -42,6 +43,16 @@ def go_on(job: Job, **changes: Any) -> None:
     """Compare the job with a checkpoint of itself whose settings are changed."""
     settings = {**job.settings.to_dict(), **changes}
     check_resumable(job, Path("0000001.pt"), job.model.config.to_dict(), settings)
+
+
+def test_a_config_from_json_and_one_of_before_a_field_are_the_same_model() -> None:
+    job = job_of()
+    config = json.loads(json.dumps(job.model.config.to_dict()))
+    check_resumable(job, Path("0000001"), config, job.settings.to_dict())
+    del config["balance"], config["affinity"]
+    check_resumable(job, Path("0000001"), config, job.settings.to_dict())
+    with pytest.raises(UserError, match=r"--resume: 0000001: .*depth=0"):
+        check_resumable(job, Path("0000001"), {**config, "depth": 0}, job.settings.to_dict())
 
 
 # ------------------------------------------------------------------------------ which checkpoint
