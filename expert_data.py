@@ -233,7 +233,7 @@ def open_data(path: str, empty: RoutingData) -> RoutingData:
     different = [key for key in wanted if wanted[key] != has.get(key)]
     if not different and not torch.equal(found.times, empty.times):
         different = ["times"]
-    if different or len(found.meta["runs"]) > 1 or found.raw_ids.shape != empty.raw_ids.shape:
+    if different or len(found.meta["runs"]) > 1 or found.traced_ids.shape != empty.traced_ids.shape:
         key = different[0] if different else "the number of runs or traced samples"
         raise FileError(f"--out {path} exists and {key} differs; choose another name or delete it")
     return found
@@ -331,18 +331,20 @@ def collect(routing_run: RoutingRun, data: RoutingData, rt: process.Runtime) -> 
     starts = range(process.from_main(data.images_done), num_images, size)
     rounds = math.ceil(len(starts) / rt.world_size)
     rounds = min(rounds, args.max_batches or rounds)
-    tables = recorder.tables | {"raw_images": torch.zeros_like(data.raw_images, device=rt.device)}
+    tables = recorder.tables | {
+        "traced_images": torch.zeros_like(data.traced_images, device=rt.device)
+    }
     mine = starts[rt.rank :: rt.world_size][:rounds]
     steps = len(mine) * len(routing_run.times)
     with tqdm(total=steps, desc="routing", unit="step", disable=not rt.is_main) as bar:
         for done in range(rounds):
             if done < len(mine):
                 first, stop = mine[done], min(mine[done] + size, num_images)
-                num_traced = len(tables["raw_images"][first:stop])
+                num_traced = len(tables["traced_images"][first:stop])
                 images = routing_run.route(first, stop, num_traced, bar.update)
                 if num_traced:
                     pixels = ((images + 1) * 127.5).round().to(torch.uint8)
-                    tables["raw_images"][first : first + num_traced] = pixels
+                    tables["traced_images"][first : first + num_traced] = pixels
             for name, table in tables.items():
                 process.sum_over_ranks(table)
                 getattr(data, name).add_(table.cpu())
@@ -381,12 +383,12 @@ def count_experts(args: argparse.Namespace, rt: process.Runtime) -> RoutingData:
     check_tables(args, run, meta["num_steps"], num_traced)
     recorder = RoutingRecorder(run.model, meta["num_steps"], num_traced)
     routing_run = RoutingRun(args, run, recorder, images)
-    tables = {name: recorder.tables[name].clone().cpu() for name in (*ADDED, "raw_ids")}
+    tables = {name: recorder.tables[name].clone().cpu() for name in (*ADDED, "traced_ids")}
     empty = RoutingData(
         meta=meta,
         times=torch.tensor(routing_run.times, dtype=torch.float64) / run.diffusion.time_scale,
-        raw_labels=routing_run.labels(0, num_traced),
-        raw_images=torch.zeros(num_traced, *image_shape(run), dtype=torch.uint8),
+        traced_labels=routing_run.labels(0, num_traced),
+        traced_images=torch.zeros(num_traced, *image_shape(run), dtype=torch.uint8),
         **tables,
     )
     # Every rank opens the file, so that all of them refuse it; where to start, the main one says.

@@ -87,11 +87,12 @@ def page_data(data: RoutingData, max_pictures: int, max_steps: int) -> dict[str,
     """Collect what the page shows, ready for JSON."""
     config, numbers = data.config, measure_all(data)
     halves = [half for half in HALVES if any(row["half"] == half for row in numbers)]
-    _, num_steps, depth, num_patches, _ = data.raw_ids.shape
+    _, num_steps, depth, num_patches, _ = data.traced_ids.shape
     last = num_steps - 1
-    kept = np.unique(np.linspace(0, last, min(num_steps, max_steps)).round().astype(int))
-    pictures = data.raw_images[:max_pictures].permute(0, 2, 3, 1).numpy()  # (R, H, W, C)
+    shown_steps = np.unique(np.linspace(0, last, min(num_steps, max_steps)).round().astype(int))
+    pictures = data.traced_images[:max_pictures].permute(0, 2, 3, 1).numpy()  # (R, H, W, C)
     pictures = np.broadcast_to(pictures, (*pictures.shape[:3], 3))
+    ids = data.traced_ids[:max_pictures, shown_steps, :, :, 0]  # (R, S, L, T)
     most = max(config.num_experts / config.num_experts_per_tok, 1.01)
     colors = expert_colors(config.num_experts)
     return {
@@ -111,10 +112,10 @@ def page_data(data: RoutingData, max_pictures: int, max_steps: int) -> dict[str,
         "meanings": MEANINGS | SUFFIXES,
         "overlay": OVERLAY,
         "faint": [255 * level for level in FAINT],
-        "sample_classes": data.raw_labels[:max_pictures].tolist(),
-        "kept_steps": kept.tolist(),
-        "kept_times": data.times[kept].tolist(),
-        "ids": encode(data.raw_ids[:max_pictures, kept, :, :, 0].numpy()),
+        "sample_classes": data.traced_labels[:max_pictures].tolist(),
+        "shown_steps": shown_steps.tolist(),
+        "shown_times": data.times[shown_steps].tolist(),
+        "ids": encode(ids.numpy().astype("<u2")),
         "picture_shape": list(pictures.shape[:3]),
         "pictures": encode(pictures),
     }

@@ -198,17 +198,17 @@ def by_sample(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
     Raises:
         UserError: if the file keeps no such picture.
     """
-    num_raw, num_steps = data.raw_ids.shape[:2]
-    if args.sample >= num_raw:
+    num_traced, num_steps = data.traced_ids.shape[:2]
+    if args.sample >= num_traced:
         raise UserError(
-            f"--sample {args.sample}: this file keeps {num_raw} pictures; more: "
+            f"--sample {args.sample}: this file keeps {num_traced} pictures; more: "
             "expert_data.py --traced-samples"
         )
     depth, E = data.config.depth, data.config.num_experts
     layers = pick_layers(args, depth) if args.layers else evenly(depth, MAX_SAMPLE_LAYERS)
     steps = evenly(num_steps, args.num_columns)
-    picture = data.raw_images[args.sample].permute(1, 2, 0).numpy()  # (H, W, C)
-    experts = data.raw_ids[args.sample, ..., 0].numpy()  # (S, L, T)
+    picture = data.traced_images[args.sample].permute(1, 2, 0).numpy()  # (H, W, C)
+    experts = data.traced_ids[args.sample, ..., 0].numpy()  # (S, L, T)
     colors = ListedColormap(expert_colors(E))
     width = 1.25 * (len(steps) + 1) + 1.2
     figure, axes = plt.subplots(
@@ -230,9 +230,8 @@ def by_sample(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
     legend = [Patch(color=colors(e), label=str(e)) for e in range(E)]
     place: Any = {"loc": "outside right center", "ncols": math.ceil(E / MAX_LEGEND_ROWS)}
     figure.legend(handles=legend, title="expert", fontsize=9, **place)
-    title = (
-        f"First expert of each patch, class: {data.class_names[int(data.raw_labels[args.sample])]}"
-    )
+    name = data.class_names[int(data.traced_labels[args.sample])]
+    title = f"First expert of each patch, class: {name}"
     figure.suptitle(wrap(title, width, TITLE_SIZE), fontsize=TITLE_SIZE)
     note = "Colour: the expert with the largest weight. t = 1 is noise, t = 0 the picture."
     add_note(figure, note)

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from common import process
 from common.errors import FileError, UserError, blamed_on, one_line_errors, printable
-from common.flags import FlagParser, dtype_flag, flag, model_size, number, seed
+from common.flags import FlagGroup, FlagParser, dtype_flag, flag, model_size, number, seed
 from common.process import DTYPES
 from hub import check_new, save_folder
 from layouts import block_index, by_block, known_fields
@@ -49,41 +49,33 @@ def build_parser() -> FlagParser:
     """Return the parser of this script's flags."""
     parser = FlagParser(__doc__)
     data = parser.group("Data")
-    data.add(
-        "--ckpt",
-        required=True,
-        metavar="PATH",
-        help="Dense DiT or DiT-MoE to start from: published, diffusers or ours.",
-    )
-    data.add("--out", required=True, metavar="FOLDER", help="Folder to write; must not exist.")
+    data.add("--ckpt", required=True, help="Dense DiT or DiT-MoE: published, diffusers or ours.")
+    data.add("--out", required=True, help="Folder to write; must not exist.")
     data.add("--ema", default=True, **flag, help="Take the averaged weights.")
     data.add("--dtype", **dtype_flag, help="Type of the new weights. Default: as the source.")
-    data.add(
-        "--model", **model_size(DiT_models), help="Size of a published file, which tells its heads."
-    )
-    data.add(
-        "--num-heads", type=number(int, 1), metavar="N", help="Likewise, for files of other sizes."
-    )
+    data.add("--model", **model_size(DiT_models), help="Size of a published file, for its heads.")
+    data.add("--num-heads", type=number(int, 1), help="Likewise, for files of other sizes.")
+    add_mixture_flags(parser.group("MoE"))
+    return parser
 
-    moe = parser.group("MoE")
-    moe.add("--num-experts", type=number(int, 1), default=8, metavar="E", help="Number of experts.")
+
+def add_mixture_flags(moe: FlagGroup) -> None:
+    """Add the flags that say what becomes of the experts."""
+    moe.add("--num-experts", type=number(int, 1), default=8, help="Number of experts, E.")
     moe.add(
         "--num-experts-per-tok",
         type=number(int, 1),
-        metavar="K",
-        help="Experts that a token uses. Default: 2 G of a dense source, else the source's K x G.",
+        help="Experts that a token uses, K. Default: 2 G of a dense source, else its K times G.",
     )
     moe.add(
         "--granularity",
         type=number(int, 1),
         default=1,
-        metavar="G",
-        help="Number of finer experts that each copy is cut into.",
+        help="Number of finer experts, G, that each copy is cut into.",
     )
     moe.add(
         "--num-shared-experts",
         type=number(int, 0),
-        metavar="N",
         help="Width of the shared expert of a dense source, in D. Default: 0.",
     )
     moe.add(
@@ -92,36 +84,22 @@ def build_parser() -> FlagParser:
         default="zero",
         help="The shared expert begins with an output of zero, or with neurons of the source.",
     )
-    moe.add(
-        "--noise",
-        type=number(float, 0, 1000),
-        default=0.0,
-        metavar="STD",
-        help="Standard deviation of noise on the copies, relative to that of the weights.",
-    )
-    moe.add(
-        "--noise-share",
-        type=number(float, 0, 1),
-        default=0.5,
-        metavar="SHARE",
-        help="Share of the weights that get noise.",
-    )
+    std, length = number(float, 0, 1000), number(float, 0, 10**6)
+    moe.add("--noise", type=std, default=0.0, help="Noise on the copies, in their weights' std.")
+    moe.add("--noise-share", type=number(float, 0, 1), default=0.5, help="Share that gets noise.")
     moe.add(
         "--router-scale",
-        type=number(float, 0, 10**6),
+        type=length,
         default=64.0,
-        metavar="LENGTH",
-        help="Length of the directions that tell a MoE's copies apart.",
+        help="Length of what tells a MoE's copies apart.",
     )
-    moe.add("--seed", type=seed, default=0, metavar="N", help="Seed of all that is random.")
+    moe.add("--seed", type=seed, default=0, help="Seed of router, noise and shared expert.")
     moe.add(
         "--check-tokens",
         type=number(int, 0, 100_000),
         default=64,
-        metavar="M",
-        help="Random tokens on which the old and the new MLP of each block are compared; 0 = none.",
+        help="Random tokens on which old and new MLP of each block are compared; 0 = none.",
     )
-    return parser
 
 
 # ------------------------------------------------------------------------------ the plan
@@ -211,8 +189,8 @@ def check_room(config: DiTConfig, args: argparse.Namespace) -> None:
     """
     matrices = 3 if config.mlp_type == "swiglu" else 2
     itemsize = DTYPES[args.dtype].itemsize if args.dtype else 2  # at least
-    size = config.num_experts + config.num_shared_experts
-    block = size * matrices * config.hidden_size * config.mlp_hidden_size * itemsize
+    weights = matrices * config.hidden_size * config.mlp_hidden_size
+    block = config.num_experts * weights * itemsize
     process.check_memory(block, f"--num-experts {args.num_experts}, of which one block")
     free = shutil.disk_usage(Path(args.out).absolute().parent).free
     if config.depth * block > free:
@@ -384,10 +362,9 @@ def upcycle_block(
         args: flags of this script.
         generator: of everything random in this block.
     """
-    wanted = DTYPES[args.dtype] if args.dtype else None
-    mlps = read_mlps(tensors, source)
+    wanted, mlps = DTYPES[args.dtype] if args.dtype else None, read_mlps(tensors, source)
     dtype = wanted or mlps[0].down.dtype
-    kept = {n: place(n, t, "cpu", wanted) for n, t in tensors.items() if not is_mlp(n)}
+    unchanged = {n: place(n, t, "cpu", wanted) for n, t in tensors.items() if not is_mlp(n)}
     shared: dict[str, Tensor] = {}
     if source.num_experts == 0 and config.num_shared_experts:
         neurons, width = None, config.num_shared_experts * config.hidden_size
@@ -400,7 +377,7 @@ def upcycle_block(
     )
     copy = NoisyCopy(args.noise, args.noise_share, generator)
     experts = write_experts(mlps, config, args.granularity, dtype, copy)
-    return kept | {"moe.router.weight": router} | experts | shared
+    return unchanged | {"moe.router.weight": router} | experts | shared
 
 
 def is_mlp(name: str) -> bool:
@@ -508,11 +485,9 @@ def main(args: argparse.Namespace) -> None:
     known = known_fields(args.model, num_heads=args.num_heads)
     weights = open_weights(args.ckpt, ema=args.ema, known=known)
     config, differences = upcycle(weights, args)
-    print(
-        printable(f"{args.out}: {config.num_experts} experts, ")
-        + f"{config.num_experts_per_tok} active, "
-        f"{config.num_shared_experts} shared, each {config.mlp_ratio:g} D wide"
-    )
+    experts = f"{config.num_experts} experts, {config.num_experts_per_tok} active"
+    shared = f"{config.num_shared_experts} shared, each {config.mlp_ratio:g} D wide"
+    print(printable(f"{args.out}: {experts}, {shared}"))
     if differences:
         worst = max(range(len(differences)), key=differences.__getitem__)
         print(

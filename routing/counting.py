@@ -5,7 +5,7 @@ a model runs; `models.py` itself records nothing), `RoutingRecorder` (counts by 
 patch while a sampler runs), then the measures of a table of counts.
 
 Shapes: L layers, E experts, K experts per token, M tokens; N images, T tokens per image, S sampling
-steps, R images whose choices are kept whole. X stands for classes, steps or patches. The axis of
+steps, R images whose choices are traced. X stands for classes, steps or patches. The axis of
 length 2 is conditional, unconditional.
 """
 
@@ -92,20 +92,22 @@ class RoutingRecorder:
     All tables are integers, so sums over batches, ranks and runs are exact in any order.
 
     Attributes:
-        tables: on the model's device, int64 but for `raw_ids`:
+        tables: on the model's device, int64 but for `traced_ids`:
             by_class (2, num_classes, L, E), by_step (2, S, L, E) and by_patch (2, T, L, E) choices;
             pairs (2, L, E, E) tokens that chose both experts, on the diagonal that chose the one;
             probs (2, S, L, E) router probabilities in `PROB_UNIT`;
             rows (2, S) images the model saw, twice per step for a sampler that calls it twice;
-            raw_ids (R, S, L, T, K) uint8 experts, the heaviest first, of the conditional half.
+            traced_ids (R, S, L, T, K) uint8 (int32 if E > 256) experts, the heaviest first, of
+                the conditional half.
     """
 
-    def __init__(self, model: DiT, num_steps: int, num_raw: int = 0) -> None:
+    def __init__(self, model: DiT, num_steps: int, num_traced: int = 0) -> None:
         config = model.config
         mixtures = mixtures_of(model)
         L, E, K = len(mixtures), config.num_experts, config.num_experts_per_tok
         self._num_tokens = T = (config.input_size // config.patch_size) ** 2
-        self.device, self._num_raw, self._step = next(model.parameters()).device, num_raw, 0
+        self.device, self._num_traced, self._step = next(model.parameters()).device, num_traced, 0
+        id_dtype = torch.uint8 if E <= 256 else torch.int32  # which nccl adds up too
         self.tables = {
             "by_class": self._zeros(2, config.num_classes, L, E),
             "by_step": self._zeros(2, num_steps, L, E),
@@ -113,7 +115,7 @@ class RoutingRecorder:
             "pairs": self._zeros(2, L, E, E),
             "probs": self._zeros(2, num_steps, L, E),
             "rows": self._zeros(2, num_steps),
-            "raw_ids": self._zeros(num_raw, num_steps, L, T, K, dtype=torch.uint8),
+            "traced_ids": self._zeros(num_traced, num_steps, L, T, K, dtype=id_dtype),
         }
         self._hooks = [
             child.register_forward_hook(self._make_hook(layer))
@@ -127,8 +129,8 @@ class RoutingRecorder:
     def begin(self, labels: Tensor, first_index: int) -> None:
         """Announce a batch: labels (N,) and the number of its first image among all."""
         self._labels = labels.to(self.device)
-        stop = min(self._num_raw, first_index + len(labels))
-        self._raw = slice(first_index, max(first_index, stop))
+        stop = min(self._num_traced, first_index + len(labels))
+        self._traced = slice(first_index, max(first_index, stop))
 
     def at_step(self, step: int, _t: float = 0.0) -> None:
         """Say which sampling step the next model calls belong to."""
@@ -158,8 +160,10 @@ class RoutingRecorder:
                 self._count(half, layer, choices, fixed)
             order = routing.expert_weights.argsort(dim=1, descending=True)
             ids = routing.expert_indices.gather(1, order).view(-1, N, T, order.shape[1])[0]
-            num_raw = self._raw.stop - self._raw.start
-            self.tables["raw_ids"][self._raw, self._step, layer] = ids[:num_raw].to(torch.uint8)
+            num_traced = self._traced.stop - self._traced.start
+            self.tables["traced_ids"][self._traced, self._step, layer] = ids[:num_traced].to(
+                self.tables["traced_ids"].dtype
+            )
 
         return hook
 

@@ -5,7 +5,7 @@ anybody, so `load` looks at all of it before it believes any. `measure` turns it
 beside the pictures.
 
 Shapes: X classes, L layers, E experts, K experts per token, T tokens per image, S sampling steps, R
-images kept whole (C, H, W each); the axis of length 2 is conditional, unconditional (see `HALVES`).
+images traced (C, H, W each); the axis of length 2 is conditional, unconditional (see `HALVES`).
 """
 
 import csv
@@ -36,13 +36,17 @@ from routing.counting import (
     pair_usage,
 )
 
-FORMAT, VERSION = "dit-moe-routing", 1
+FORMAT, VERSION = "dit-moe-routing", 2  # 1 called what is traced raw
 HALVES = ("conditional", "unconditional")
 FACTORS = ("class", "step", "patch")
 ADDED = ("by_class", "by_step", "by_patch", "pairs", "probs", "rows")  # tables that a merge adds
-KEPT = ("raw_ids", "raw_labels", "raw_images")  # tables that a merge puts one after the other
+TRACED = (
+    "traced_ids",
+    "traced_labels",
+    "traced_images",
+)  # tables that a merge puts one after the other
 # What a file holds: its arrays, with a letter per axis (see above), and its metadata.
-ARRAYS: dict[str, tuple[str, type]] = {
+ARRAYS: dict[str, tuple[str, type]] = {  # with the widest type
     "times": ("S", np.float64),
     "by_class": ("2XLE", np.int64),
     "by_step": ("2SLE", np.int64),
@@ -50,9 +54,9 @@ ARRAYS: dict[str, tuple[str, type]] = {
     "pairs": ("2LEE", np.int64),
     "probs": ("2SLE", np.int64),
     "rows": ("2S", np.int64),
-    "raw_ids": ("RSLTK", np.uint8),
-    "raw_labels": ("R", np.int64),
-    "raw_images": ("RCHW", np.uint8),
+    "traced_ids": ("RSLTK", np.int32),
+    "traced_labels": ("R", np.int64),
+    "traced_images": ("RCHW", np.uint8),
 }
 META = {
     **{"config": dict, "checkpoint": dict, "source": str, "sampler": str, "num_steps": int},
@@ -75,8 +79,8 @@ class RoutingData:
         meta: config, checkpoint, objective, source, sampler, guidance, class_names, and `runs`: one
             entry per run merged in, with its seed, labels and images done.
         times: (S,) fp64 t of each step, 0 = data, 1 = noise.
-        raw_labels: (R,) int64 classes of the images whose choices are kept whole.
-        raw_images: (R, C, H, W) uint8, those images.
+        traced_labels: (R,) int64 classes of the images whose choices are traced.
+        traced_images: (R, C, H, W) uint8, those images.
         others: see `routing.RoutingRecorder.tables`.
     """
 
@@ -88,9 +92,9 @@ class RoutingData:
     pairs: Tensor
     probs: Tensor
     rows: Tensor
-    raw_ids: Tensor
-    raw_labels: Tensor
-    raw_images: Tensor
+    traced_ids: Tensor
+    traced_labels: Tensor
+    traced_images: Tensor
 
     @property
     def config(self) -> DiTConfig:
@@ -170,12 +174,15 @@ class RoutingData:
         try:
             with zipfile.ZipFile(path) as archive:
                 meta = _read_meta(archive)
-                _check_shapes(meta, {name: _read_header(archive, name) for name in ARRAYS})
+                names = {name: _name_in(meta, name) for name in ARRAYS}
+                _check_shapes(meta, {name: _read_header(archive, name, names) for name in ARRAYS})
             with np.load(path, allow_pickle=False) as file:
-                arrays = {
-                    name: torch.from_numpy(file[name].astype(dtype, copy=False))
-                    for name, (_, dtype) in ARRAYS.items()
-                }
+                found = {name: file[names[name]] for name in ARRAYS}
+            arrays = {
+                name: torch.from_numpy(array if array.size else array.astype(ARRAYS[name][1]))
+                for name, array in found.items()
+            }
+            meta["version"] = VERSION
             data = cls(meta, **arrays)
             _check_values(data)
         except UNREADABLE as error:
@@ -230,18 +237,24 @@ def _check_types(found: Any, wanted: dict[str, Any], where: str) -> None:
             raise ValueError(f"{where}: {key} is a {type(found[key]).__name__}")
 
 
-def _read_header(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
-    """Return the shape of an array without reading it.
+def _name_in(meta: dict[str, Any], name: str) -> str:
+    """Return what a file of that version calls an array."""
+    return name.replace("traced_", "raw_") if meta["version"] == 1 else name
+
+
+def _read_header(archive: zipfile.ZipFile, name: str, names: dict[str, str]) -> tuple[int, ...]:
+    """Return the shape of an array, without reading it, by its name and that in the file.
 
     Raises:
         ValueError: it has another type, or its bytes are not as many as its shape says.
     """
-    info = archive.getinfo(f"{name}.npy")
+    info, wanted = archive.getinfo(f"{names[name]}.npy"), np.dtype(ARRAYS[name][1])
     with archive.open(info) as file:
         np.lib.format.read_magic(file)
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        if dtype != ARRAYS[name][1] and 0 not in shape:  # of nothing, older files say float32
-            raise ValueError(f"{name} is {dtype}, expected {np.dtype(ARRAYS[name][1])}")
+        fits = dtype.kind in wanted.kind + "u" and np.can_cast(dtype, wanted)
+        if not fits and 0 not in shape:  # of nothing, older files say float32
+            raise ValueError(f"{name} is {dtype}, expected {wanted}")
         if file.tell() + dtype.itemsize * math.prod(shape) != info.file_size:
             raise ValueError(f"{name} is cut")
     return shape
@@ -283,7 +296,10 @@ def _check_values(data: "RoutingData") -> None:
         raise ValueError("times are not all in [0, 1]")
     if any(getattr(data, name).min() < 0 for name in ADDED):
         raise ValueError("it has counts below 0")
-    for name, end in (("raw_ids", data.by_step.shape[-1]), ("raw_labels", data.by_class.shape[1])):
+    for name, end in (
+        ("traced_ids", data.by_step.shape[-1]),
+        ("traced_labels", data.by_class.shape[1]),
+    ):
         table = getattr(data, name)
         if table.numel() and not 0 <= int(table.min()) <= int(table.max()) < end:
             raise ValueError(f"{name} are not all in [0, {end - 1}]")
@@ -340,7 +356,7 @@ def merge(parts: Sequence[RoutingData]) -> RoutingData:
             raise UserError(f"--merge: {key} differs: {wanted[key]} and {found.get(key)}")
         if not torch.equal(first.times, other.times):
             raise UserError(f"--merge: times differ: {first.times} and {other.times}")
-        for name in ("raw_ids", "raw_images"):
+        for name in ("traced_ids", "traced_images"):
             one, two = (getattr(part, name).shape[1:] for part in (first, other))
             if one != two:
                 raise UserError(f"--merge: {name} differ in shape: {tuple(one)} and {tuple(two)}")
@@ -352,7 +368,7 @@ def merge(parts: Sequence[RoutingData]) -> RoutingData:
     tables = {
         name: torch.stack([getattr(part, name) for part in parts]).sum(dim=0) for name in ADDED
     }
-    tables |= {name: torch.cat([getattr(part, name) for part in parts]) for name in KEPT}
+    tables |= {name: torch.cat([getattr(part, name) for part in parts]) for name in TRACED}
     return RoutingData({**first.meta, "runs": runs}, first.times, **tables)
 
 

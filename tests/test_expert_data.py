@@ -78,7 +78,7 @@ def count(ckpt: str, out: Path, *more: str) -> RoutingData:
 
 
 def assert_same(one: RoutingData, other: RoutingData) -> None:
-    for name in (*ADDED, "raw_ids", "raw_labels", "raw_images", "times"):
+    for name in (*ADDED, "traced_ids", "traced_labels", "traced_images", "times"):
         assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
@@ -118,7 +118,7 @@ def naive_count(
 def test_every_table_equals_a_recount_token_by_token():
     torch.manual_seed(0)
     model, labels, seen, step = DiT(TINY).eval(), torch.tensor([7, 1, 7]), [], 0
-    recorder = RoutingRecorder(model, num_steps=2, num_raw=2)
+    recorder = RoutingRecorder(model, num_steps=2, num_traced=2)
     for layer, router in enumerate(m for m in model.modules() if isinstance(m, TopKRouter)):
         router.register_forward_hook(
             lambda _router, _args, routing, layer=layer: seen.append((step, layer, routing))
@@ -136,7 +136,7 @@ def test_every_table_equals_a_recount_token_by_token():
     mean_probs = recorder.tables["probs"][0, 0, 0].double() * PROB_UNIT / (3 * T)
     torch.testing.assert_close(mean_probs.float(), first.probs.mean(dim=0))
     heaviest = first.probs.argmax(dim=1).view(3, T)[:2]
-    assert torch.equal(recorder.tables["raw_ids"][:, 0, 0, :, 0].long(), heaviest)
+    assert torch.equal(recorder.tables["traced_ids"][:, 0, 0, :, 0].long(), heaviest)
 
 
 def test_choices_add_up_to_tokens_times_k_times_layers_times_steps_times_images(data: RoutingData):
@@ -150,13 +150,15 @@ def test_choices_add_up_to_tokens_times_k_times_layers_times_steps_times_images(
     assert data.drawn_classes.tolist() == [0, 2, 5, 9]
 
 
-def test_raw_choices_agree_with_the_pictures_they_belong_to(data: RoutingData, ckpt, tmp_path):
-    whole = count(ckpt, tmp_path / "a.npz", "--raw-samples", "12")
-    recount = torch.nn.functional.one_hot(whole.raw_ids.long(), E).sum(dim=(0, 1, 3, 4))  # (L, E)
+def test_traced_choices_agree_with_the_pictures_they_belong_to(data: RoutingData, ckpt, tmp_path):
+    whole = count(ckpt, tmp_path / "a.npz", "--traced-samples", "12")
+    recount = torch.nn.functional.one_hot(whole.traced_ids.long(), E).sum(
+        dim=(0, 1, 3, 4)
+    )  # (L, E)
     assert torch.equal(recount, data.by_step[0].sum(dim=0))
-    assert whole.raw_labels.tolist() == [0, 2, 5, 9] * 3
-    assert whole.raw_images.float().std() > 1
-    assert torch.equal(whole.raw_images[:10], data.raw_images)
+    assert whole.traced_labels.tolist() == [0, 2, 5, 9] * 3
+    assert whole.traced_images.float().std() > 1
+    assert torch.equal(whole.traced_images[:10], data.traced_images)
 
 
 def test_guidance_off_leaves_the_unconditional_half_empty(ckpt: str, tmp_path: Path):
@@ -185,7 +187,7 @@ def test_real_images_are_routed_at_the_chosen_times(ckpt: str, tmp_path: Path):
     assert data.times.tolist() == [0.9, 0.1]
     assert data.meta["source"] == "real"
     assert data.by_class.sum().item() == 2 * T * K * L * 2 * 12
-    assert data.raw_images[0].float().mean() < 200  # a digit, not noise
+    assert data.traced_images[0].float().mean() < 200  # a digit, not noise
 
 
 def test_real_images_of_ddpm_take_whole_timesteps(tmp_path: Path):
@@ -197,7 +199,7 @@ def test_real_images_of_ddpm_take_whole_timesteps(tmp_path: Path):
 def test_tables_take_no_more_room_for_more_images(ckpt: str, data: RoutingData, tmp_path: Path):
     more = count(ckpt, tmp_path / "a.npz", "--num-per-class", "6")
     assert more.images_done == 2 * data.images_done
-    for name in (*ADDED, "raw_ids", "raw_images"):
+    for name in (*ADDED, "traced_ids", "traced_images"):
         assert getattr(more, name).shape == getattr(data, name).shape
 
 
@@ -227,7 +229,7 @@ def test_any_router_that_returns_a_routing_is_counted(
         [images * STEPS * (expert in (patch, (patch + 1) % E)) for expert in range(E)]
         for patch in range(T)
     ]
-    assert data.raw_ids[0, 0, 0].tolist() == [[m, (m + 1) % E] for m in range(T)]
+    assert data.traced_ids[0, 0, 0].tolist() == [[m, (m + 1) % E] for m in range(T)]
 
 
 # ------------------------------------------------------------------------------ ranks, merges
@@ -277,7 +279,7 @@ def test_real_images_at_other_times_do_not_continue_a_file(ckpt: str, tmp_path: 
 
 
 def test_merging_two_runs_adds_their_counts(ckpt: str, tmp_path: Path):
-    options = ("--batch-size", "3", "--raw-samples", "0")
+    options = ("--batch-size", "3", "--traced-samples", "0")
     parts = [tmp_path / "a.npz", tmp_path / "b.npz"]
     count(ckpt, parts[0], "--seed", "1", *options)
     count(ckpt, parts[1], "--seed", "2", *options)
@@ -367,14 +369,14 @@ def saved(data: RoutingData, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"by_class": np.zeros((2, 10, 3, 4), int)}, r"by_step is \(2, 3, 2, 4\), expected"),
         ({"times": np.zeros(3)}, None),
         ({"times": np.array([1.0, 2.0, np.nan])}, r"times are not all in \[0, 1\]"),
-        ({"raw_labels": np.full(10, 10)}, r"raw_labels are not all in \[0, 9\]"),
+        ({"traced_labels": np.full(10, 10)}, r"traced_labels are not all in \[0, 9\]"),
         ({"by_step": np.full((2, 3, 2, 4), -1)}, "counts below 0"),
         ({"runs": []}, "it has no runs"),
         ({"runs": [{"seed": "0"}]}, "runs: seed is a str"),
         ({"class_names": [1, 2]}, "class_names are not all text"),
         ({"cfg_scale": None}, "its metadata: cfg_scale is a NoneType"),
         ({"config": {"depth": "many"}}, "is no routing data"),
-        ({"version": "1"}, "it has version 1, expected up to 1"),
+        ({"version": 3}, "it has version 3, expected up to 2"),
     ],
 )
 def test_a_file_that_does_not_fit_itself_is_refused_in_a_line(
@@ -409,9 +411,37 @@ def test_tables_larger_than_the_memory_are_refused_before_they_are_read(
 
 def test_a_file_whose_times_rise_is_read_with_noise_first(saved: Path, tmp_path: Path) -> None:
     whole = RoutingData.load(saved)
-    axes = {"times": 0, "by_step": 1, "probs": 1, "rows": 1, "raw_ids": 1}
+    axes = {"times": 0, "by_step": 1, "probs": 1, "rows": 1, "traced_ids": 1}
     turned = {name: getattr(whole, name).flip(axis).numpy() for name, axis in axes.items()}
     assert_same(RoutingData.load(rewrite(saved, tmp_path / "a.npz", **turned)), whole)
+
+
+def test_a_file_of_version_1_is_read_and_continued(ckpt: str, data: RoutingData, tmp_path: Path):
+    """It said raw for traced, and wrote no labels as floats."""
+    part = tmp_path / "part.npz"
+    count(ckpt, part, "--max-batches", "1")
+    with np.load(part) as file:
+        arrays = {name.replace("traced_", "raw_"): file[name] for name in file.files}
+    arrays["meta"] = np.array(json.dumps({**json.loads(str(arrays["meta"])), "version": 1}))
+    np.savez(tmp_path / "old.npz", **arrays)
+    assert_same(count(ckpt, tmp_path / "old.npz"), data)
+    flags = ("--raw_samples", "0", "--max-batches", "1")  # the flag's spelling of then
+    none = count(ckpt, tmp_path / "b.npz", *flags)
+    assert none.traced_labels.dtype == torch.int64 and len(none.traced_labels) == 0
+    path = rewrite(tmp_path / "b.npz", tmp_path / "c.npz", traced_labels=np.zeros(0, np.float32))
+    assert RoutingData.load(path).traced_labels.dtype == torch.int64
+
+
+def test_more_experts_than_a_byte_counts_are_traced() -> None:
+    config = DiTConfig(**{**TINY.to_dict(), "num_experts": 300, "depth": 1})
+    torch.manual_seed(0)
+    model = DiT(config).eval()
+    recorder = RoutingRecorder(model, num_steps=1, num_traced=40)
+    recorder.begin(torch.zeros(40, dtype=torch.long), first_index=0)
+    with torch.no_grad():
+        model(torch.randn(40, 1, 8, 8) * 9, torch.rand(40), torch.zeros(40, dtype=torch.long))
+    counted = torch.bincount(recorder.tables["traced_ids"].flatten().long(), minlength=300)
+    assert torch.equal(counted, recorder.tables["by_step"][0, 0, 0]) and counted[256:].sum() > 0
 
 
 def test_what_is_shown_of_a_name_controls_no_terminal(
@@ -461,7 +491,7 @@ def route(ckpt: str, out: Path, *flags: str) -> RoutingData:
 
 def test_classes_are_given_by_name_and_those_without_one_are_left_out(letters: str, tmp_path: Path):
     found = route(letters, tmp_path / "a.npz", "--labels", "c", "a", "--num-per-class", "1")
-    assert found.drawn_classes.tolist() == [0, 2] and found.raw_labels.tolist() == [2, 0]
+    assert found.drawn_classes.tolist() == [0, 2] and found.traced_labels.tolist() == [2, 0]
     assert route(letters, tmp_path / "b.npz", "--num-per-class", "1").drawn_classes.tolist() == [
         *(0, 1, 2)
     ]
@@ -475,8 +505,8 @@ def test_classes_of_a_folder_are_found_by_name_not_by_place(letters: str, tmp_pa
     flags = ("--real", "--data-path", str(folder), "--num-per-class", "2")
     found = route(letters, tmp_path / "a.npz", *flags)
     assert found.drawn_classes.tolist() == [1, 2]
-    brightness = found.raw_images.float().mean(dim=(1, 2, 3)).round().tolist()
-    assert dict(zip(brightness, found.raw_labels.tolist(), strict=True)) == {
+    brightness = found.traced_images.float().mean(dim=(1, 2, 3)).round().tolist()
+    assert dict(zip(brightness, found.traced_labels.tolist(), strict=True)) == {
         5: 1,
         6: 1,
         10: 2,
@@ -502,12 +532,12 @@ def test_single_pictures_are_routed_with_the_class_that_is_said(letters: str, tm
     pictures = [str(folder / "c" / "1.png"), str(folder / "b" / "0.png")]
     flags = ("--times", "0.2", "0.6", "--batch-size", "1")
     found = route(letters, tmp_path / "a.npz", "--image", *pictures, "--labels", "c", "b", *flags)
-    assert found.images_done == 2 and found.raw_labels.tolist() == [2, 1]
+    assert found.images_done == 2 and found.traced_labels.tolist() == [2, 1]
     assert found.times.tolist() == [0.6, 0.2]  # noise first
-    assert found.raw_images.float().mean(dim=(1, 2, 3)).round().tolist() == [11, 5]
+    assert found.traced_images.float().mean(dim=(1, 2, 3)).round().tolist() == [11, 5]
     assert found.title.endswith("2 real images at 2 noise levels")
     alone = route(letters, tmp_path / "b.npz", "--image", pictures[0], "--labels", "c", *flags)
-    assert torch.equal(alone.raw_ids[0], found.raw_ids[0])
+    assert torch.equal(alone.traced_ids[0], found.traced_ids[0])
     with pytest.raises(UserError, match="--image needs --labels: one class for all or one for"):
         route(letters, tmp_path / "c.npz", "--image", *pictures)
     with pytest.raises(UserError, match="exists and run differs"):

@@ -73,9 +73,9 @@ def synthetic(
         pairs=draw(2, L, E, E),
         probs=draw(2, S, L, E),
         rows=torch.full((2, S), 9),
-        raw_ids=torch.randint(0, E, (2, S, L, side * side, K), generator=generator).byte(),
-        raw_labels=torch.tensor([0, num_classes - 1]),
-        raw_images=torch.randint(0, 256, (2, 3, 8 * side, 8 * side), generator=generator).byte(),
+        traced_ids=torch.randint(0, E, (2, S, L, side * side, K), generator=generator).byte(),
+        traced_labels=torch.tensor([0, num_classes - 1]),
+        traced_images=torch.randint(0, 256, (2, 3, 8 * side, 8 * side), generator=generator).byte(),
     ).save(path)
     return path
 

@@ -133,11 +133,11 @@ def test_a_router_of_any_class_is_counted(model: DiT):
 
 
 def test_a_router_of_any_class_is_recorded(model: DiT):
-    recorder = RoutingRecorder(with_other_routers(model), num_steps=1, num_raw=3)
+    recorder = RoutingRecorder(with_other_routers(model), num_steps=1, num_traced=3)
     recorder.begin(torch.tensor([0, 1, 2]), first_index=0)
     model(*inputs())
     assert recorder.tables["by_step"][0, 0].tolist() == [[0, 0, 12, 12]] * 2
-    assert recorder.tables["raw_ids"].unique(dim=-2).flatten().tolist() == [3, 2] * 6
+    assert recorder.tables["traced_ids"].unique(dim=-2).flatten().tolist() == [3, 2] * 6
     recorder.remove()
 
 
