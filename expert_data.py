@@ -431,8 +431,7 @@ def check_tables(
         UserError: naming the flag that makes them large.
     """
     config = run.config
-    num_tokens = (config.input_size // config.patch_size) ** 2
-    choices = num_steps * config.depth * config.num_experts_per_tok * num_tokens  # a byte each
+    choices = num_steps * config.depth * config.num_experts_per_tok * config.num_patches  # bytes
     traced = num_traced * (choices + math.prod(image_shape(run)))
     counts = num_steps * config.depth * config.num_experts * 2 * 2 * 8  # by_step, probs; 2 halves
     copies = 2  # of this batch, of all

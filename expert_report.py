@@ -85,21 +85,21 @@ def color_scale(most: float) -> list[tuple[float, str]]:
 
 def page_data(data: RoutingData, max_pictures: int, max_steps: int) -> dict[str, Any]:
     """Collect what the page shows, ready for JSON."""
-    config, numbers = data.config, measure_all(data)
+    numbers = measure_all(data)
     halves = [half for half in HALVES if any(row["half"] == half for row in numbers)]
-    _, num_steps, depth, num_patches, _ = data.traced_ids.shape
+    _, num_steps, _, num_patches, _ = data.traced_ids.shape
     last = num_steps - 1
     shown_steps = np.unique(np.linspace(0, last, min(num_steps, max_steps)).round().astype(int))
     pictures = data.traced_images[:max_pictures].permute(0, 2, 3, 1).numpy()  # (R, H, W, C)
     pictures = np.broadcast_to(pictures, (*pictures.shape[:3], 3))
     ids = data.traced_ids[:max_pictures, shown_steps, :, :, 0]  # (R, S, L, T)
-    most = max(config.num_experts / config.num_experts_per_tok, 1.01)
-    colors = expert_colors(config.num_experts)
+    most = max(data.num_experts / data.config.experts_per_token, 1.01)
+    colors = expert_colors(data.num_experts)
     return {
         "title": data.title,
         "halves": halves,
-        "num_layers": depth,
-        "num_experts": config.num_experts,
+        "layers": data.layers,
+        "num_experts": data.num_experts,
         "num_patches": num_patches,
         "most": most,
         "colorscale": color_scale(most),

@@ -57,16 +57,16 @@ def similarity_order(load: np.ndarray) -> np.ndarray:
 
 def draw(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
     """Draw classes x experts for each layer."""
-    layers = pick_layers(args, data.config.depth)
+    layers = pick_layers(args, data)
     counts = data.counts("class", args.half)[layers]  # (layers, X, E)
     load = relative_load(counts)
     order, ylabel = np.arange(load.shape[1]), "class"
     if args.order == "similarity":
         order, ylabel = similarity_order(load), "class, similar ones together"
-    nmi = normalized_mutual_information(counts, data.config.num_experts_per_tok)
+    nmi = normalized_mutual_information(counts, data.config.experts_per_token)
     return heatmap_grid(
         load[:, order],
-        [f"layer {layer} · NMI {value:.3f}" for layer, value in zip(layers, nmi, strict=True)],
+        [f"layer {data.layers[i]} · NMI {value:.3f}" for i, value in zip(layers, nmi, strict=True)],
         load_scale(args, data),
         title=figure_title("Experts by class", args, data),
         xlabel="expert",

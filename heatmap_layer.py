@@ -85,18 +85,18 @@ def build_parser() -> FlagParser:
 
 def by_expert(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
     """Draw layers x experts: what was chosen, and the mean router probability."""
-    layers = pick_layers(args, data.config.depth)
+    layers = pick_layers(args, data)
     load = data.counts("step", args.half).sum(dim=1)[layers]  # (layers, E)
     probs = data.mean_probs(args.half)[layers]
     return heatmap_grid(
-        [relative_load(load), np.asarray(probs) * data.config.num_experts],
+        [relative_load(load), np.asarray(probs) * data.num_experts],
         ["chosen", "mean router probability"],
         load_scale(args, data),
         title=figure_title("Load of the experts", args, data),
         xlabel="expert",
         ylabel="layer",
-        xticks=[str(expert) for expert in range(data.config.num_experts)],
-        yticks=[str(layer) for layer in layers],
+        xticks=[str(expert) for expert in range(data.num_experts)],
+        yticks=[str(data.layers[i]) for i in layers],
         color_label="relative to even",
         panel_size=(3.4, max(3.0, 0.16 * len(layers))),
         notes=(half_note(args, data),),
@@ -105,9 +105,9 @@ def by_expert(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
 
 def by_factor(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
     """Draw a panel per layer: patches or steps x experts."""
-    layers = pick_layers(args, data.config.depth)
+    layers = pick_layers(args, data)
     counts = data.counts(args.by, args.half)[layers]
-    nmi = normalized_mutual_information(counts, data.config.num_experts_per_tok)
+    nmi = normalized_mutual_information(counts, data.config.experts_per_token)
     rows = {
         "patch": ("patch, row by row from the top left", map(str, range(counts.shape[1]))),
         "step": ("t of the step: 1 = noise, 0 = picture", (f"{t:.2f}" for t in data.times)),
@@ -115,12 +115,12 @@ def by_factor(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
     ylabel, yticks = rows[args.by]
     return heatmap_grid(
         relative_load(counts),
-        [f"layer {layer} · NMI {value:.3f}" for layer, value in zip(layers, nmi, strict=True)],
+        [f"layer {data.layers[i]} · NMI {value:.3f}" for i, value in zip(layers, nmi, strict=True)],
         load_scale(args, data),
         title=figure_title(f"Experts by {args.by}", args, data),
         xlabel="expert",
         ylabel=ylabel,
-        xticks=[str(expert) for expert in range(data.config.num_experts)],
+        xticks=[str(expert) for expert in range(data.num_experts)],
         yticks=list(yticks),
         color_label=f"load of the expert within the {args.by}, relative to even",
         panel_size=(1.9, 2.2),
@@ -130,7 +130,7 @@ def by_factor(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
 
 def by_map(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
     """Draw a little map for each layer (rows) and expert (columns), laid out as the image."""
-    layers = pick_layers(args, data.config.depth)
+    layers = pick_layers(args, data)
     load = relative_load(data.counts("patch", args.half)[layers])  # (layers, T, E)
     (L, T, E), norm = load.shape, load_scale(args, data)
     side = math.isqrt(T)
@@ -149,7 +149,7 @@ def by_map(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
         image = axis.imshow(mosaic, norm=norm, cmap=colors, interpolation="nearest")
         middle = (side - 1) / 2
         axis.set_xticks([middle + cell * e for e in range(E)], [str(e) for e in range(E)])
-        names = [str(layers[row]) for row in block]
+        names = [str(data.layers[layers[row]]) for row in block]
         axis.set_yticks([middle + cell * row for row in range(rows)], names)
         axis.tick_params(length=0)
         axis.set(xlabel="expert", ylabel="layer")
@@ -168,9 +168,9 @@ def by_pair(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
     Raises:
         UserError: if a token has one expert only.
     """
-    if data.config.num_experts_per_tok < 2:
+    if not data.has_pairs:
         raise UserError("--by pair: num_experts_per_tok is 1 here, there are no pairs")
-    layers = pick_layers(args, data.config.depth)
+    layers = pick_layers(args, data)
     data.counts("step", args.half)  # that half was run
     pairs = data.pairs[HALVES.index(args.half)][layers].double().numpy()
     E = pairs.shape[1]
@@ -179,7 +179,7 @@ def by_pair(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
     names = [str(expert) for expert in range(E)]
     return heatmap_grid(
         pairs / np.maximum(even, 1e-9),
-        [f"layer {layer}" for layer in layers],
+        [f"layer {data.layers[i]}" for i in layers],
         load_scale(args, data),
         title=figure_title("Experts chosen together", args, data),
         xlabel="expert",
@@ -204,8 +204,8 @@ def by_sample(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
             f"--sample {args.sample}: this file keeps {num_traced} pictures; more: "
             "expert_data.py --traced-samples"
         )
-    depth, E = data.config.depth, data.config.num_experts
-    layers = pick_layers(args, depth) if args.layers else evenly(depth, MAX_SAMPLE_LAYERS)
+    E = data.num_experts
+    layers = pick_layers(args, data) if args.layers else evenly(len(data.layers), MAX_SAMPLE_LAYERS)
     steps = evenly(num_steps, args.num_columns)
     picture = data.traced_images[args.sample].permute(1, 2, 0).numpy()  # (H, W, C)
     experts = data.traced_ids[args.sample, ..., 0].numpy()  # (S, L, T)
@@ -219,7 +219,7 @@ def by_sample(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
     )
     for row, layer in enumerate(layers):
         axes[row, 0].imshow(np.broadcast_to(picture, (*picture.shape[:2], 3)))
-        axes[row, 0].set_ylabel(f"layer {layer}", fontsize=9)
+        axes[row, 0].set_ylabel(f"layer {data.layers[layer]}", fontsize=9)
         for axis, step in zip(axes[row, 1:], steps, strict=True):
             draw_choices(axis, picture, experts[step, layer], colors)
     for axis in axes.flat:
@@ -248,10 +248,10 @@ def draw_choices(axis: Any, picture: np.ndarray, chosen: np.ndarray, colors: Any
     height, width = picture.shape[:2]
     extent, side = (0, width, height, 0), math.isqrt(len(chosen))
     axis.imshow(faint(picture), cmap="gray", vmin=0, vmax=1, extent=extent)
-    chosen = chosen.reshape(side, side)
+    chosen = np.ma.masked_equal(chosen.reshape(side, side), colors.N)  # patches without an expert
     axis.imshow(chosen, colors, alpha=OVERLAY, extent=extent, norm=NoNorm())
     if side <= MAX_NUMBERED_SIDE:
-        for (y, x), expert in np.ndenumerate(chosen):
+        for (y, x), expert in np.ma.ndenumerate(chosen):
             centre = ((x + 0.5) * width / side, (y + 0.5) * height / side)
             axis.text(*centre, str(expert), ha="center", va="center", **NUMBER_STYLE)
 

@@ -97,17 +97,17 @@ class RoutingRecorder:
             pairs (2, L, E, E) tokens that chose both experts, on the diagonal that chose the one;
             probs (2, S, L, E) router probabilities in `PROB_UNIT`;
             rows (2, S) images the model saw, twice per step for a sampler that calls it twice;
-            traced_ids (R, S, L, T, K) uint8 (int32 if E > 256) experts, the heaviest first, of
-                the conditional half.
+            traced_ids (R, S, L, T, K) uint8 (int32 if E > 255) experts of the conditional half,
+                the heaviest K first; E where a token has fewer.
     """
 
     def __init__(self, model: DiT, num_steps: int, num_traced: int = 0) -> None:
         config = model.config
         mixtures = mixtures_of(model)
-        L, E, K = len(mixtures), config.num_experts, config.num_experts_per_tok
+        L, E, K = len(mixtures), config.num_all_experts, config.num_experts_per_tok
         self._num_tokens = T = (config.input_size // config.patch_size) ** 2
         self.device, self._num_traced, self._step = next(model.parameters()).device, num_traced, 0
-        id_dtype = torch.uint8 if E <= 256 else torch.int32  # which nccl adds up too
+        id_dtype = torch.uint8 if E < 256 else torch.int32  # which nccl adds up too
         self.tables = {
             "by_class": self._zeros(2, config.num_classes, L, E),
             "by_step": self._zeros(2, num_steps, L, E),
@@ -117,6 +117,7 @@ class RoutingRecorder:
             "rows": self._zeros(2, num_steps),
             "traced_ids": self._zeros(num_traced, num_steps, L, T, K, dtype=id_dtype),
         }
+        self._ids = self.tables["traced_ids"]
         self._hooks = [
             child.register_forward_hook(self._make_hook(layer))
             for layer, mixture in enumerate(mixtures)
@@ -150,20 +151,21 @@ class RoutingRecorder:
         def hook(_module: nn.Module, _inputs: Any, routing: Any) -> None:
             if not isinstance(routing, Routing):
                 return
-            N, T = len(self._labels), self._num_tokens
-            chosen = torch.zeros_like(routing.probs).scatter_(1, routing.expert_indices, 1.0)
+            N, T, E = len(self._labels), self._num_tokens, routing.probs.shape[1]
+            indices, weights, ids = routing.expert_indices, routing.expert_weights, self._ids
+            slots = routing.probs.new_zeros(len(indices), E + 1)  # the last is that of nobody
+            chosen = slots.scatter_(1, indices, 1.0)[:, :E]
             probs = (routing.probs / PROB_UNIT).round().long()  # (M, E)
-            halves = chosen.view(-1, N, T, chosen.shape[1])  # (1 or 2, N, T, E)
+            halves = chosen.view(-1, N, T, E)  # (1 or 2, N, T, E)
             for half, (choices, fixed) in enumerate(
                 zip(halves, probs.view_as(halves), strict=True)
             ):
                 self._count(half, layer, choices, fixed)
-            order = routing.expert_weights.argsort(dim=1, descending=True)
-            ids = routing.expert_indices.gather(1, order).view(-1, N, T, order.shape[1])[0]
+            weights = weights.masked_fill(indices == E, -torch.inf)  # (M, slots)
+            order = weights.argsort(dim=1, descending=True)[:, : ids.shape[-1]]
+            heaviest = indices.gather(1, order).view(-1, N, T, ids.shape[-1])[0]  # (N, T, K)
             num_traced = self._traced.stop - self._traced.start
-            self.tables["traced_ids"][self._traced, self._step, layer] = ids[:num_traced].to(
-                self.tables["traced_ids"].dtype
-            )
+            ids[self._traced, self._step, layer] = heaviest[:num_traced].to(ids.dtype)
 
         return hook
 
@@ -239,7 +241,7 @@ def mutual_information(counts: Tensor) -> Tensor:
     return (marginals - entropy(share).sum(dim=(-2, -1))).clamp(min=0)
 
 
-def normalized_mutual_information(counts: Tensor, num_experts_per_tok: int) -> Tensor:
+def normalized_mutual_information(counts: Tensor, experts_per_token: float) -> Tensor:
     """Mutual information over the most there could be: 0.0 if x tells nothing, 1.0 if it decides.
 
     A token's K choices are K different experts, so even a fully known choice leaves log K nats
@@ -247,13 +249,13 @@ def normalized_mutual_information(counts: Tensor, num_experts_per_tok: int) -> T
 
     Args:
         counts: (..., X, E) choices.
-        num_experts_per_tok: K.
+        experts_per_token: K, or its mean where experts choose.
 
     Returns:
         (...) fp64, in [0, 1]; 0 where the load leaves nothing to tell.
     """
     share = counts.sum(dim=-2).double() / counts.sum(dim=(-2, -1))[..., None].clamp(min=1)
-    most = torch.special.entr(share).sum(dim=-1) - math.log(num_experts_per_tok)
+    most = torch.special.entr(share).sum(dim=-1) - math.log(max(experts_per_token, 1))
     nothing = most < 1e-9
     ratio = mutual_information(counts) / most.masked_fill(nothing, 1.0)
     return ratio.masked_fill(nothing, 0.0).clamp(max=1)

@@ -101,16 +101,20 @@ def check_out(path: str | Path) -> None:
     make_writable(path.parent, "--out")
 
 
-def pick_layers(args: argparse.Namespace, depth: int) -> list[int]:
-    """Return `--layers`, by default all.
+def pick_layers(args: argparse.Namespace, data: RoutingData) -> list[int]:
+    """Return which of the L layers to draw: those of `--layers`, by default all.
 
     Raises:
-        UserError: if there is no such layer.
+        UserError: if there is no such layer, or it has no experts.
     """
-    layers = args.layers or list(range(depth))
-    if max(layers) >= depth:
-        raise UserError(f"--layers {max(layers)}: expected numbers in [0, {depth - 1}]")
-    return layers
+    if args.layers is None:
+        return list(range(len(data.layers)))
+    for layer in args.layers:
+        if layer >= data.config.depth:
+            raise UserError(f"--layers {layer}: expected numbers in [0, {data.config.depth - 1}]")
+        if layer not in data.layers:
+            raise UserError(f"--layers {layer}: that block has no experts")
+    return [data.layers.index(layer) for layer in args.layers]
 
 
 # ------------------------------------------------------------------------------ words
@@ -180,7 +184,7 @@ def load_scale(args: argparse.Namespace, data: RoutingData) -> TwoSlopeNorm:
     It does not depend on the counts, so figures of one model can be compared.
     """
     config = data.config
-    most = args.vmax or max(config.num_experts / config.num_experts_per_tok, 1.01)
+    most = args.vmax or max(data.num_experts / config.experts_per_token, 1.01)
     return TwoSlopeNorm(vmin=0, vcenter=1, vmax=most)
 
 

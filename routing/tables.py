@@ -64,6 +64,7 @@ META = {
 }
 RUN = {"seed": int, "labels": list, "num_images": int, "images_done": int}
 MAX_META_BYTES = 2**26
+MAX_DEPTH = 10_000
 MAX_NAME = 40  # characters of a name in figures and tables
 UNREADABLE = (
     *(OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, MemoryError),
@@ -102,6 +103,21 @@ class RoutingData:
         return DiTConfig.from_dict(self.meta["config"])
 
     @property
+    def num_experts(self) -> int:
+        """E, all of them."""
+        return self.by_step.shape[-1]
+
+    @property
+    def layers(self) -> list[int]:
+        """Numbers of the blocks that have experts, one for each L."""
+        return [block for block in range(self.config.depth) if self.config.is_moe_block(block)]
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether a token may have more than one expert."""
+        return self.config.selection != "token_choice" or self.config.num_experts_per_tok > 1
+
+    @property
     def class_names(self) -> list[str]:
         """Names of the classes as they may be shown, numbers where the checkpoint has none."""
         names, num_classes = self.meta["class_names"], self.by_class.shape[1]
@@ -129,7 +145,7 @@ class RoutingData:
         source = f"{self.images_done:,} samples ({how})"
         if meta["source"] == "real":
             source = f"{self.images_done:,} real images at {meta['num_steps']} noise levels"
-        experts = f"{config.num_experts} experts, {config.num_experts_per_tok} per token"
+        experts = f"{self.num_experts} experts, {config.experts_per_token:g} per token"
         name = shown(Path(meta["checkpoint"]["path"]).name)
         return f"{name}: {config.depth} layers, {experts}; {source}"
 
@@ -267,11 +283,12 @@ def _check_shapes(meta: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> N
         ValueError: naming the array that does not fit, or how much memory all would need.
     """
     config = DiTConfig.from_dict(meta["config"])
-    sizes = {"2": 2, "X": config.num_classes, "E": config.num_experts, "S": meta["num_steps"]}
-    sizes |= {"K": config.num_experts_per_tok, "T": (config.input_size // config.patch_size) ** 2}
+    sizes = {"2": 2, "X": config.num_classes, "E": config.num_all_experts, "S": meta["num_steps"]}
+    sizes |= {"K": config.num_experts_per_tok, "T": config.num_patches}
+    sizes |= {"L": sum(config.is_moe_block(block) for block in range(min(config.depth, MAX_DEPTH)))}
     for name, shape in shapes.items():
         axes = ARRAYS[name][0]
-        # L, R, C, H and W are what the first array with that axis has
+        # R, C, H and W are what the first array with that axis has
         same = len(axes) == len(shape) and all(
             sizes.setdefault(axis, size) == size for axis, size in zip(axes, shape, strict=True)
         )
@@ -297,7 +314,7 @@ def _check_values(data: "RoutingData") -> None:
     if any(getattr(data, name).min() < 0 for name in ADDED):
         raise ValueError("it has counts below 0")
     for name, end in (
-        ("traced_ids", data.by_step.shape[-1]),
+        ("traced_ids", data.num_experts + 1),
         ("traced_labels", data.by_class.shape[1]),
     ):
         table = getattr(data, name)
@@ -335,10 +352,11 @@ def refuse_foreign(path: str | Path, marker: bytes) -> None:
 
 def comparable(meta: dict[str, Any]) -> dict[str, Any]:
     """Return the part of the metadata in which data that are added up must agree."""
-    checkpoint = {
-        key: value for key, value in meta["checkpoint"].items() if key not in ("path", "file")
-    }
-    return {key: value for key, value in meta.items() if key != "runs"} | {"checkpoint": checkpoint}
+    whole = {key: value for key, value in meta.items() if key != "runs"}
+    whole["config"] = DiTConfig.from_dict(meta["config"]).to_dict()  # with fields new since then
+    checkpoint = meta["checkpoint"].items()
+    whole["checkpoint"] = {key: value for key, value in checkpoint if key not in ("path", "file")}
+    return whole
 
 
 def merge(parts: Sequence[RoutingData]) -> RoutingData:
@@ -402,10 +420,10 @@ def measure(data: RoutingData, half: str = "conditional") -> list[dict[str, Any]
     Columns: `nmi_X`, how much X tells about the expert; `entropy`, `max_vio`, `dead` of the layer's
     whole load, and `entropy_X`, `max_vio_X`, `dead_X` averaged over the single classes, steps and
     patches; `entropy_early`, `_middle` and `_late` over the first quarter of the steps that this
-    half ran in, the middle half and the last quarter; with K > 1 `pair_usage`, the share of expert
-    pairs ever chosen, and `pair_entropy`, how evenly.
+    half ran in, the middle half and the last quarter; where a token may have several experts
+    `pair_usage`, the share of expert pairs ever chosen, and `pair_entropy`, how evenly.
     """
-    K = data.config.num_experts_per_tok
+    K = data.config.experts_per_token
     steps = data.counts("step", half)  # (L, S, E)
     steps = steps[:, steps.sum(dim=(0, 2)) > 0]  # guidance may be off in the others
     num_steps = steps.shape[1]
@@ -428,14 +446,14 @@ def measure(data: RoutingData, half: str = "conditional") -> list[dict[str, Any]
     columns["entropy_early"] = by_step[:, :quarter].mean(dim=1)
     columns["entropy_middle"] = by_step[:, middle].mean(dim=1)
     columns["entropy_late"] = by_step[:, -quarter:].mean(dim=1)
-    if K > 1:
+    if data.has_pairs:
         pairs = data.pairs[HALVES.index(half)]
         columns["pair_usage"] = pair_usage(pairs)
         columns["pair_entropy"] = load_entropy(pair_counts(pairs))
     values = zip(*(column.tolist() for column in columns.values()), strict=True)
     return [
         {"half": half, "layer": layer, **dict(zip(columns, row, strict=True))}
-        for layer, row in enumerate(values)
+        for layer, row in zip(data.layers, values, strict=True)
     ]
 
 

@@ -19,6 +19,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 import expert_data
+import expert_report
+import heatmap_layer
 from checkpoint import save_safetensors
 from common.errors import FileError, UserError
 from expert_data import print_summary
@@ -32,6 +34,7 @@ from routing import (
     normalized_mutual_information,
     pair_usage,
 )
+from routing.figures import pick_layers
 from routing.tables import ADDED, RoutingData, format_table, measure, measure_all, merge
 
 TINY = DiTConfig(
@@ -232,6 +235,66 @@ def test_any_router_that_returns_a_routing_is_counted(
     assert data.traced_ids[0, 0, 0].tolist() == [[m, (m + 1) % E] for m in range(T)]
 
 
+MIXTURES: list[dict[str, Any]] = [
+    {"selection": "expert_choice", "capacity": 1.0, "balance": ()},
+    {"selection": "batch_choice", "affinity": "sigmoid", "balance": (), "num_experts_per_tok": 1},
+    {"selection": "expert_choice", "balance": (), "unconditional_expert": True},
+    {"unconditional_expert": True},
+    {"moe_blocks": "every_second", "depth": 12},
+]
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_every_kind_of_mixture_is_counted_and_drawn(mixture: dict[str, Any], tmp_path: Path):
+    config = DiTConfig(**{**TINY.to_dict(), **mixture})
+    torch.manual_seed(0)
+    model = DiT(config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    path = tmp_path / "model.safetensors"
+    save_safetensors(path, model.state_dict(), config, SETTINGS)
+
+    data = count(str(path), tmp_path / "a.npz", "--traced-samples", "12")
+
+    images, E = 12, config.num_all_experts
+    assert data.layers == [i for i in range(config.depth) if config.is_moe_block(i)]
+    assert torch.equal(data.by_class.sum(dim=1), data.by_step.sum(dim=1))
+    assert torch.equal(data.by_patch.sum(dim=1), data.by_step.sum(dim=1))
+    alone = data.pairs.diagonal(dim1=2, dim2=3)
+    assert torch.equal(alone, data.by_step.sum(dim=1))
+    if config.selection == "expert_choice":  # each expert takes T/E * capacity tokens of each image
+        tokens = int(T * config.experts_per_token / config.num_experts)
+        assert (data.by_step[0, :, :, : config.num_experts] == images * tokens).all()
+    if config.unconditional_expert:
+        whole = torch.zeros_like(data.by_step[1])
+        whole[..., -1] = T * images
+        assert torch.equal(data.by_step[1], whole)
+    ids = data.traced_ids.long()
+    by_first = torch.nn.functional.one_hot(ids, E + 1).sum(dim=(0, 3, 4))  # (S, L, E + 1)
+    chosen = data.by_step[0]
+    traced = by_first[..., :E]
+    assert torch.equal(traced, chosen) or ((traced <= chosen).all() and mixture.get("selection"))
+    for kind in heatmap_layer.FIGURES:
+        args = ["--data", str(tmp_path / "a.npz"), "--out", str(tmp_path / f"{kind}.png")]
+        heatmap_layer.main(heatmap_layer.build_parser().parse_args([*args, "--by", kind]))
+    expert_report.build_page(data)
+
+
+def test_layers_are_called_by_the_number_of_their_block(tmp_path: Path) -> None:
+    config = DiTConfig(**{**TINY.to_dict(), "moe_blocks": "every_second", "depth": 4})
+    path = tmp_path / "model.safetensors"
+    save_safetensors(path, DiT(config).state_dict(), config, SETTINGS)
+    data = count(str(path), tmp_path / "a.npz")
+    assert [row["layer"] for row in measure(data)] == [1, 3]
+    parser = heatmap_layer.build_parser()
+    args = parser.parse_args(["--data", "a.npz", "--layers", "3"])
+    assert pick_layers(args, data) == [1]
+    args.layers = [2]
+    with pytest.raises(UserError, match="--layers 2: that block has no experts"):
+        pick_layers(args, data)
+
+
 # ------------------------------------------------------------------------------ ranks, merges
 
 
@@ -366,7 +429,7 @@ def saved(data: RoutingData, tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"pairs": np.zeros((2, 2, 4, 5), int)},
             r"pairs is \(2, 2, 4, 5\), expected \(2, 2, 4, 4\)",
         ),
-        ({"by_class": np.zeros((2, 10, 3, 4), int)}, r"by_step is \(2, 3, 2, 4\), expected"),
+        ({"by_class": np.zeros((2, 10, 3, 4), int)}, r"by_class is \(2, 10, 3, 4\), expected"),
         ({"times": np.zeros(3)}, None),
         ({"times": np.array([1.0, 2.0, np.nan])}, r"times are not all in \[0, 1\]"),
         ({"traced_labels": np.full(10, 10)}, r"traced_labels are not all in \[0, 9\]"),
