@@ -1,7 +1,7 @@
 """The DiT-MoE network: a diffusion transformer whose MLPs are sparse mixtures of experts.
 
-In the order data flows: `DiTConfig`, embedders, attention, router, experts, `MoE`, `DiTBlock`,
-`FinalLayer`, `DiT`, and the registry of sizes `DiT_models`.
+In the order data flows: `DiTConfig`, precision, embedders, attention, router, experts, `MoE`,
+`DiTBlock`, `FinalLayer`, `DiT`, and the registry of sizes `DiT_models`.
 
 Shapes: N batch, C channels, H W latent size, P patch, T tokens per image, M = N*T tokens,
 D hidden, F expert hidden, E experts, K experts per token.
@@ -256,6 +256,23 @@ class DiTConfig:
         return cls(**fields)
 
 
+# ------------------------------------------------------------------------------ precision
+#
+# The residual stream, the norms and the router are float32; everything between them computes in the
+# dtype of its weights, or autocast's. Each layer casts its own input, by `cast_for`.
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """Return autocast's dtype where it is on (it does not reach custom ops), else the weight's."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def cast_for(weight: Tensor, x: Tensor) -> Tensor:
+    """Cast x to what a layer of this weight computes in."""
+    return x.to(compute_dtype(weight))
+
+
 # ------------------------------------------------------------------------------ embedders
 
 
@@ -285,8 +302,9 @@ class PatchEmbedder(nn.Module):
         self.proj = nn.Conv2d(channels, config.hidden_size, patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (N, C, H, W) to (N, T, D)."""
-        return self.proj(x).flatten(2).transpose(1, 2)
+        """Map (N, C, H, W) to (N, T, D) fp32."""
+        x = self.proj(cast_for(self.proj.weight, x))  # (N, D, H/P, W/P)
+        return x.flatten(2).transpose(1, 2).float()
 
 
 class TimestepEmbedder(nn.Module):
@@ -300,8 +318,8 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """Map (N,) times to (N, D)."""
-        dtype = next(self.parameters()).dtype
-        return self.mlp(timestep_embedding(t, self.frequency_size).to(dtype))
+        embedding = timestep_embedding(t, self.frequency_size)  # (N, frequency_size)
+        return self.mlp(cast_for(next(self.parameters()), embedding))
 
 
 class LabelEmbedder(nn.Module):
@@ -356,7 +374,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, T, D) to (N, T, D)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+        qkv = self.qkv(cast_for(self.qkv.weight, x))  # (N, T, 3*D)
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # (N, T, heads, d)
         if self.use_flash_attn and v.dtype != torch.float32:  # an EMA draws without autocast
             from flash_attn import flash_attn_func
@@ -717,12 +736,6 @@ class TopKRouter(nn.Module):
         self.seen = {}
 
 
-def compute_dtype(weight: Tensor) -> torch.dtype:
-    """Return autocast's dtype where it is on (it does not reach custom ops), else the weight's."""
-    device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-
-
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) without biases; gate and up are one matmul."""
 
@@ -733,8 +746,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., D)."""
-        weight, dtype = self.gate_up_proj.weight, compute_dtype(self.gate_up_proj.weight)
-        return swiglu(x.to(dtype), weight, self.down_proj.weight)
+        gate_up, down = self.gate_up_proj.weight, self.down_proj.weight
+        return swiglu(cast_for(gate_up, x), gate_up, down)
 
 
 class GeluMLP(nn.Module):
@@ -747,7 +760,8 @@ class GeluMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., D)."""
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        hidden = self.fc1(cast_for(self.fc1.weight, x))  # (..., F)
+        return self.fc2(F.gelu(hidden, approximate="tanh"))
 
 
 def build_mlp(config: DiTConfig, mlp_hidden_size: int) -> Any:
@@ -774,7 +788,7 @@ class Experts(nn.Module):
         num_rows: int | None = None,
     ) -> Tensor:
         """Send (M, D) tokens through their experts, see `Routing`; returns the (M, D) sum."""
-        x, weights = x.to(compute_dtype(self.down_proj)), (self.gate_up_proj, self.down_proj)
+        x, weights = cast_for(self.down_proj, x), (self.gate_up_proj, self.down_proj)
         return swiglu_experts(x, *weights, expert_indices, expert_weights, num_rows)
 
 
@@ -796,7 +810,7 @@ class GeluExperts(nn.Module):
         num_rows: int | None = None,
     ) -> Tensor:
         """Send (M, D) tokens through their experts, see `Routing`; returns the (M, D) sum."""
-        x = x.to(compute_dtype(self.down_proj))
+        x = cast_for(self.down_proj, x)
         weights = (self.up_proj, self.up_bias, self.down_proj, self.down_bias)
         return gelu_experts(x, *weights, expert_indices, expert_weights, num_rows)
 
@@ -824,11 +838,15 @@ class MoE(nn.Module):
         Returns:
             (N, T, D), and in training the losses () by name.
         """
-        routing = self.router(x, is_null)
+        tokens = x.flatten(0, 1)  # (M, D)
+        # By way of `tokens`: gradients of router and experts are added first, as always. Another
+        # order has other bits, and a run would not resume as if it had never stopped.
+        routing = self.router(tokens.view_as(x), is_null)  # (M, S) experts and weights
         chosen = routing.expert_indices, routing.expert_weights, routing.num_rows
-        out = self.experts(x.flatten(0, 1), *chosen).view_as(x)
+        out = self.experts(tokens, *chosen)  # (M, D)
+        out = out.view_as(x)  # (N, T, D)
         if self.shared_experts is not None:
-            out = out + self.shared_experts(x.to(next(self.shared_experts.parameters()).dtype))
+            out = out + self.shared_experts(x)  # (N, T, D)
         return out, routing.aux_losses
 
 
@@ -842,9 +860,6 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 class DiTBlock(nn.Module):
     """Transformer block with adaLN-Zero conditioning.
-
-    The residual stream and the norms stay in float32; attention and experts run in the dtype of
-    their weights, or autocast's.
 
     Source: arXiv:2212.09748, sec. 3.2.
     """
@@ -866,17 +881,15 @@ class DiTBlock(nn.Module):
         self, x: Tensor, c: Tensor, is_null: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Map tokens (N, T, D) fp32 and conditioning (N, D); the rest as in `MoE`."""
-        dtype = self.attn.proj.weight.dtype
         modulation = self.adaLN_modulation(c).float().chunk(6, dim=-1)  # (N, D) each
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
-        attended = self.attn(modulate(self.norm1(x), shift_msa, scale_msa).to(dtype))
-        x = torch.addcmul(x, gate_msa[:, None], attended.float())
-        h = modulate(self.norm2(x), shift_mlp, scale_mlp)
-        if self.is_moe:
-            out, aux_losses = self.moe(h, is_null)
-        else:
-            out, aux_losses = self.mlp(h.to(dtype)), {}
-        return torch.addcmul(x, gate_mlp[:, None], out.float()), aux_losses
+        h = modulate(self.norm1(x), shift_msa, scale_msa)  # (N, T, D) fp32
+        h = self.attn(h)  # (N, T, D)
+        x = torch.addcmul(x, gate_msa[:, None], h.float())  # (N, T, D) fp32
+        h = modulate(self.norm2(x), shift_mlp, scale_mlp)  # (N, T, D) fp32
+        h, aux_losses = self.moe(h, is_null) if self.is_moe else (self.mlp(h), {})  # (N, T, D)
+        x = torch.addcmul(x, gate_mlp[:, None], h.float())  # (N, T, D) fp32
+        return x, aux_losses
 
 
 class FinalLayer(nn.Module):
@@ -891,8 +904,9 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Map tokens (N, T, D) and conditioning (N, D) to (N, T, P*P*C_out)."""
-        shift, scale = self.adaLN_modulation(c).float().chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(x), shift, scale).to(self.linear.weight.dtype))
+        shift, scale = self.adaLN_modulation(c).float().chunk(2, dim=-1)  # (N, D) each
+        x = modulate(self.norm_final(x), shift, scale)  # (N, T, D) fp32
+        return self.linear(cast_for(self.linear.weight, x))
 
 
 class DiT(nn.Module, PyTorchModelHubMixin, library_name="dit-moe"):
@@ -951,8 +965,9 @@ class DiT(nn.Module, PyTorchModelHubMixin, library_name="dit-moe"):
     def unpatchify(self, x: Tensor) -> Tensor:
         """Reassemble (N, T, P*P*C) tokens into (N, C, H, W)."""
         p, size = self.config.patch_size, self.config.input_size // self.config.patch_size
-        x = x.unflatten(1, (size, size)).unflatten(-1, (p, p, -1))  # (N, h, w, P, P, C)
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        x = x.unflatten(1, (size, size)).unflatten(-1, (p, p, -1))  # (N, H/P, W/P, P, P, C)
+        x = x.permute(0, 5, 1, 3, 2, 4)  # (N, C, H/P, P, W/P, P)
+        return x.flatten(4, 5).flatten(2, 3)
 
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor, drop_mask: Tensor | None = None
@@ -970,19 +985,20 @@ class DiT(nn.Module, PyTorchModelHubMixin, library_name="dit-moe"):
             Prediction (N, C_out, H, W); in training mode `(prediction, aux_losses)`, the latter
             by name, () fp32 each, summed over layers and unweighted.
         """
-        x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)).float() + self.pos_embed
-        y = self.y_embedder.drop_labels(y, drop_mask)
+        x = self.x_embedder(x) + self.pos_embed  # (N, T, D) fp32
+        y = self.y_embedder.drop_labels(y, drop_mask)  # (N,)
         c = self.t_embedder(t) + self.y_embedder.embedding_table(y)  # (N, D)
-        is_null = y == self.config.null_label
+        is_null = y == self.config.null_label  # (N,)
         by_name: dict[str, list[Tensor]] = {}
         for block in self.blocks:
             if self.grad_checkpointing and self.training:
                 x, aux_losses = checkpoint(block, x, c, is_null, use_reentrant=False)
             else:
-                x, aux_losses = block(x, c, is_null)
+                x, aux_losses = block(x, c, is_null)  # (N, T, D) fp32, () by name
             for name, loss in aux_losses.items():
                 by_name.setdefault(name, []).append(loss)
-        prediction = self.unpatchify(self.final_layer(x, c))
+        x = self.final_layer(x, c)  # (N, T, P*P*C_out)
+        prediction = self.unpatchify(x)  # (N, C_out, H, W)
         if not self.training:
             return prediction
         return prediction, {name: torch.stack(losses).sum() for name, losses in by_name.items()}

@@ -15,7 +15,7 @@ from diffusion.base import Diffusion, Generators, Predict, Steps, mean_flat, ran
 
 
 class RectifiedFlow(Diffusion):
-    """z_t = (1 - t) latents + t noise; the model's first C channels predict its velocity dz/dt."""
+    """x_t = (1 - t) latents + t noise; the model's first C channels predict its velocity dx/dt."""
 
     objective = "rf"
     default_num_steps: ClassVar = {"euler": 50, "heun": 25}
@@ -27,7 +27,7 @@ class RectifiedFlow(Diffusion):
         return randn(latents.shape[:1], latents.device, generator).sigmoid()
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Return z_t = (1 - t) latents + t noise, (N, C, H, W)."""
+        """Return x_t = (1 - t) latents + t noise, (N, C, H, W)."""
         t = t.view(-1, 1, 1, 1)
         return (1 - t) * latents + t * noise
 

@@ -301,6 +301,27 @@ def test_moe_equals_a_loop_over_tokens_in_values_and_all_gradients(
         assert relative_error(a, e.float()) < tolerance, name
 
 
+def test_gradients_of_a_mixture_add_up_in_the_same_order_as_ever():
+    moe, x = randomize(MoE(TINY), std=0.2).train(), randn(3, 16, 32).requires_grad_()
+
+    def as_at_first(x: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = x.flatten(0, 1)
+        probs = (tokens @ moe.router.weight.T).softmax(dim=-1)
+        weights, indices = probs.topk(2, dim=-1, sorted=False)
+        load = F.one_hot(indices.flatten(), 4).float().mean(dim=0)
+        out = moe.experts(tokens, indices, weights).view_as(x)
+        return out + moe.shared_experts(x), 4 * (load * probs.mean(dim=0)).sum()
+
+    def gradients(out: Tensor, aux_loss: Tensor) -> tuple[Tensor, ...]:
+        loss = out.square().mean() + aux_loss
+        return torch.autograd.grad(loss, [x, *moe.parameters()])
+
+    out, aux_losses = moe(x)
+    expected = gradients(*as_at_first(x))
+    for found, wanted in zip(gradients(out, aux_losses["switch"]), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
 def test_a_single_expert_that_always_runs_is_a_dense_swiglu():
     lone = dataclasses.replace(TINY, num_experts=1, num_experts_per_tok=1, num_shared_experts=0)
     moe, dense, x = randomize(MoE(lone)), SwiGLU(32, 128), randn(3, 16, 32)
