@@ -149,6 +149,25 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def check_shapes(
+    path: Path, found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]
+) -> None:
+    """Compare the tensors that a checkpoint holds with those that a model takes.
+
+    Args:
+        path: of the checkpoint, for the message.
+        found, expected: shapes by name.
+
+    Raises:
+        FileError: naming the first one that is missing, too many or of another shape.
+    """
+    for name in sorted({*found, *expected}):
+        ours = tuple(found[name]) if name in found else "no such tensor"
+        wanted = tuple(expected[name]) if name in expected else "no such tensor"
+        if ours != wanted:
+            raise FileError(f"{path} can't be resumed: {name} is {ours}, the model has {wanted}")
+
+
 def _is_state(value: Any) -> bool:
     """Tell whether a value is a state dict."""
     return isinstance(value, dict) and all(
@@ -158,7 +177,11 @@ def _is_state(value: Any) -> bool:
 
 def _is_rng(value: Any) -> bool:
     """Tell whether a value is what `process.rng_state` returns."""
-    return _is_state(value) and "cpu" in value
+    return (
+        _is_state(value)
+        and "cpu" in value
+        and all(state.dtype == torch.uint8 for state in value.values())
+    )
 
 
 def _is_dict(value: Any) -> bool:

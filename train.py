@@ -17,9 +17,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from checkpoint import checkpoint_path, commit_checkpoint, load_checkpoint, save_checkpoint
+from checkpoint import (
+    check_shapes,
+    checkpoint_path,
+    commit_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from common import process
-from common.errors import one_line_errors
+from common.errors import blamed_on, one_line_errors
 from reporter import draw_grid
 from resume import check_resumable, restore_rng
 from train_loop import (
@@ -155,9 +161,12 @@ class DdpTrainer:
         """
         content = load_checkpoint(path)
         check_resumable(self.job, path, content["config"], content["settings"])
-        self.model.load_state_dict(content["model"])
-        self.ema.model.load_state_dict(content["ema"])
-        self.optimizer.load_state_dict(content["optimizer"])
+        for kind, model in (("model", self.model), ("ema", self.ema.model)):
+            state, expected = content[kind] or {}, model.state_dict()
+            check_shapes(path, *({n: x.shape for n, x in s.items()} for s in (state, expected)))
+            model.load_state_dict(state)
+        with blamed_on(str(path)):
+            self.optimizer.load_state_dict(content["optimizer"])
         for group in self.optimizer.param_groups:
             group["weight_decay"] = self.settings.weight_decay
         if content["scaler"] is not None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import zero
+from checkpoint import check_shapes
 from common import process
 from common.errors import FileError, UserError, one_line_errors
 from common.flags import FlagParser, number
@@ -160,6 +161,7 @@ class DeepSpeedTrainer:
         checkpoint = ShardedCheckpoint(path)
         state = checkpoint.state
         check_resumable(self.job, path, state["config"], state["settings"])
+        check_shapes(path, checkpoint.shapes, {name: self.shapes[name] for name in self.trained})
         moments = {kind: self.engine.moments(kind) for kind in ("exp_avg", "exp_avg_sq")}
         flat = {"model": self.engine.flat, "ema": self.ema, **moments}
         for kind, tensors in flat.items():

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoint import (
+    check_shapes,
     checkpoint_path,
     commit_checkpoint,
     latest_checkpoint,
@@ -21,6 +22,7 @@ from checkpoint import (
     save_checkpoint,
     save_safetensors,
 )
+from common.errors import FileError
 from common.files import atomic_write
 from layouts import to_published
 from models import DiT, DiTConfig
@@ -162,6 +164,45 @@ def test_only_our_checkpoints_can_be_resumed(tmp_path: Path) -> None:
     torch.save({"format": "dit-moe", "version": 99}, tmp_path / "newer.pt")
     with pytest.raises(ValueError, match="version 99"):
         load_checkpoint(tmp_path / "newer.pt")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": "one"}, "has version 'one', this code reads up to 1"),
+        ({"version": None}, "has version None"),
+        ({"step": "3"}, "its step is of another type"),
+        ({"step": -1}, "its step is of another type"),
+        ({"model": {"x": 3}}, "its model is of another type"),
+        ({"model": [1]}, "its model is of another type"),
+        ({"ema": 3}, "its ema is of another type"),
+        ({"optimizer": None}, "its optimizer is of another type"),
+        ({"rng": {"cpu": 3}}, "its rng is of another type"),
+        ({"rng": [{}]}, "its rng is of another type"),
+        ({"rng": [{"cpu": torch.zeros(3)}]}, "its rng is of another type"),
+        ({"scaler": "x"}, "its scaler is of another type"),
+    ],
+)
+def test_entries_of_other_types_are_one_line(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = save_tiny(tmp_path / "0000001.pt")
+    torch.save({**torch.load(path, weights_only=True), **changes}, path)
+    with pytest.raises(FileError, match=message) as raised:
+        load_checkpoint(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_first_tensor_that_a_model_does_not_take_is_named(tmp_path: Path) -> None:
+    expected = {"a": (2, 3), "b": (4,)}
+    check_shapes(tmp_path, expected, expected)
+    for found, message in (
+        ({"a": (2, 3)}, r"b is no such tensor, the model has \(4,\)"),
+        ({**expected, "c": (1,)}, r"c is \(1,\), the model has no such tensor"),
+        ({**expected, "a": (3, 2)}, r"a is \(3, 2\), the model has \(2, 3\)"),
+    ):
+        with pytest.raises(FileError, match=message):
+            check_shapes(tmp_path, found, expected)
 
 
 # ---------------------------------------------------------------- weights of ours
