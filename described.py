@@ -21,6 +21,7 @@ SETTINGS_TYPES = {
     "data_path": str,
     "fashion_mnist_root": str,
     "image_size": int,
+    "time_scale": float,
     "class_names": list,
 }
 

@@ -26,6 +26,7 @@ from common.files import UNSEALED, atomic_write, check_folder, seal
 from data import VAE, load_vae
 from described import description_path, save_description
 from layouts import to_published
+from layouts_families import has_family, mixture_difference, to_family
 from models import DiTConfig
 from weights import Weights, empty_model, find_objective, place, read_blocks
 
@@ -35,11 +36,6 @@ SAFETENSORS_TYPES = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
 }
-# Fields of DiTConfig that the published DiT-MoE has no choice of.
-UNPUBLISHED = (
-    *("affinity", "selection", "capacity", "routed_scaling_factor", "unconditional_expert"),
-    *("moe_blocks", "first_k_dense_replace", "qk_norm_eps"),
-)
 SHARD_BYTES = 2**28  # a block that is larger gets its own file
 ROOT = Path(__file__).parent
 PIPELINE_CODE = ("models.py", "moe_ops", "diffusion")  # what a pipeline folder carries along
@@ -226,9 +222,11 @@ def save_published(
 
     Args:
         path: file that does not exist yet.
-        weights: a DiT-MoE, or a dense DiT (whose published names are ours).
+        weights: a DiT-MoE, ProMoE, EC-DiT or DiffMoE, or a dense DiT, whose published names are
+            ours.
         flash_attention: as the XL and G files, flat with `attn.Wqkv/out_proj`; else as S and B,
-            `{"ema": ...}` with `attn.qkv/proj`, or flat for a dense DiT.
+            `{"ema": ...}` with `attn.qkv/proj`, or flat for a dense DiT. The later families have
+            `{"ema_model_state_dict": ...}` and one spelling.
         dtype: None keeps that of the source.
 
     Raises:
@@ -238,14 +236,35 @@ def save_published(
     config = weights.config
     for new in (path, description_path(path)):
         check_new(new)
-    default = DiTConfig()
-    changed = [name for name in UNPUBLISHED if getattr(config, name) != getattr(default, name)]
-    if changed := changed + ["balance"] * ("bias" in config.balance):
+    if not (family := has_family(config)):
+        _check_published(path, config)
+    state: dict[str, Tensor] = {}
+    for _, ours in read_blocks(weights):
+        named = to_family(ours) if family else to_published(ours, flash_attention=flash_attention)
+        state |= {name: tensor.to(dtype).contiguous() for name, tensor in named}
+    content: dict[str, Any] = state
+    if family:
+        content = {"ema_model_state_dict": state}
+    elif config.num_experts and not flash_attention:
+        content = {"ema": state}
+    with atomic_write(path) as temp, open(temp, "wb") as file:
+        torch.save(content, file)
+    save_description(path, config, weights.settings)
+
+
+def _check_published(path: str | Path, config: DiTConfig) -> None:
+    """Refuse a model that the published code of DiT-MoE, or of the dense DiT, does not compute.
+
+    Raises:
+        UserError: naming the field.
+    """
+    has = f"this model has mlp_type={config.mlp_type!r}"
+    name = mixture_difference(config) if config.num_experts else ""
+    if name not in ("", "mlp_type", "norm_topk_prob"):  # those two are told apart below
         raise UserError(
-            f"{path}: the published code knows no {changed[0]}={getattr(config, changed[0])!r}; "
+            f"{path}: the published code knows no {name}={getattr(config, name)!r}; "
             "write a .safetensors or a folder"
         )
-    has = f"this model has mlp_type={config.mlp_type!r}"
     if config.num_experts and (config.mlp_type != "swiglu" or config.norm_topk_prob):
         raise UserError(
             f"{path}: the published DiT-MoE has SwiGLU experts without renormalised weights, "
@@ -256,14 +275,6 @@ def save_published(
             f"{path}: the published dense DiT has GELU MLPs and no QK norm, {has}, "
             f"qk_norm={config.qk_norm}; write a .safetensors or a folder"
         )
-    state: dict[str, Tensor] = {}
-    for _, ours in read_blocks(weights):
-        published = to_published(ours, flash_attention=flash_attention)
-        state |= {name: tensor.to(dtype).contiguous() for name, tensor in published}
-    is_wrapped = config.num_experts > 0 and not flash_attention
-    with atomic_write(path) as temp, open(temp, "wb") as file:
-        torch.save({"ema": state} if is_wrapped else state, file)
-    save_description(path, config, weights.settings)
 
 
 # ------------------------------------------------------------------------------ diffusers
@@ -302,6 +313,7 @@ def save_pipeline(
         model_index = {
             "_class_name": ["pipeline", "DiTMoEPipeline"],
             "objective": objective,
+            "time_scale": settings.get("time_scale"),
             "class_names": settings.get("class_names") or [],
             "transformer": ["modeling", "DiTMoE"],
             "vae": ["diffusers", "AutoencoderKL"] if isinstance(vae, VAE) else [None, None],

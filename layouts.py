@@ -4,7 +4,8 @@ Pure functions of state dicts; no file is read here (see weights.py). In this or
 
 1. `clean_names`: what wrappers (DDP, torch.compile) put in front of names.
 2. `to_ours`: the published layouts to ours: DiT-MoE with `qkv/proj` (S, B) or `Wqkv/out_proj`
-   (XL, G) and one tensor per expert, dense DiT, and diffusers' DiTTransformer2DModel.
+   (XL, G) and one tensor per expert, dense DiT, diffusers' DiTTransformer2DModel, and those of
+   later families (see layouts_families.py).
 3. `by_block`: any layout to ours, one block at a time, for models that do not fit in memory.
 4. `to_published`: ours to the published DiT-MoE layouts.
 5. `infer_config`: the DiTConfig from the shapes of our tensors, and what flags tell.
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from layouts_families import family_to_ours, is_family
 from models import DiT_models, DiTConfig
 
 StateDict = Mapping[str, Tensor]
@@ -92,7 +94,10 @@ def to_ours(state: StateDict) -> Iterator[tuple[str, Tensor]]:
             "(DiT, DiT-MoE) or pos_embed.proj.weight (diffusers DiTTransformer2DModel)"
         )
     try:
-        yield from _diffusers_to_ours(state) if is_diffusers else _published_to_ours(state)
+        if is_family(state):
+            yield from family_to_ours(state)
+        else:
+            yield from _diffusers_to_ours(state) if is_diffusers else _published_to_ours(state)
     except KeyError as error:
         raise ValueError(f"incomplete weights: no tensor named {error}") from error
 
@@ -234,9 +239,12 @@ def known_fields(model: str | None = None, **flags: Any) -> dict[str, Any]:
         flags: config fields; those that are None are left out.
     """
     fields = {name: value for name, value in flags.items() if value is not None}
-    if model is not None and "num_heads" not in fields:
+    if model is not None:
         with torch.device("meta"):
-            fields["num_heads"] = DiT_models[model]().config.num_heads
+            config = DiT_models[model]().config
+        fields.setdefault("num_heads", config.num_heads)
+        if config.selection != "token_choice":  # ProMoE's two have tensors of the same names
+            fields.setdefault("selection", config.selection)
     return fields
 
 
@@ -314,17 +322,22 @@ def _fields_from_shapes(shapes: Mapping[str, torch.Size]) -> dict[str, Any]:
 
 
 def _mlp_fields(shapes: Mapping[str, torch.Size], hidden_size: int) -> dict[str, Any]:
-    """Return the config fields of the MoE, or of the dense MLP."""
-    if "blocks.0.moe.router.weight" in shapes:
-        mlp_type = "gelu" if "blocks.0.moe.experts.up_bias" in shapes else "swiglu"
+    """Return the config fields of the first MoE, or of the dense MLP."""
+    routers = [name for name in shapes if name.endswith((".router.weight", ".router.prototypes"))]
+    if routers:
+        prefix, _, kind = routers[0].rpartition(".router.")
+        mlp_type = "gelu" if f"{prefix}.experts.up_bias" in shapes else "swiglu"
         shared_down = "fc2" if mlp_type == "gelu" else "down_proj"
-        shared = shapes.get(f"blocks.0.moe.shared_experts.{shared_down}.weight", (0, 0))[1]
+        shared = shapes.get(f"{prefix}.shared_experts.{shared_down}.weight", (0, 0))[1]
+        num_all_experts, _, width = shapes[f"{prefix}.experts.down_proj"]
         return {
-            "num_experts": shapes["blocks.0.moe.router.weight"][0],
+            "num_experts": shapes[routers[0]][0],
             "num_experts_per_tok": PUBLISHED_EXPERTS_PER_TOK,
             "num_shared_experts": shared // hidden_size,
             "mlp_type": mlp_type,
-            "mlp_ratio": shapes["blocks.0.moe.experts.down_proj"][2] / hidden_size,
+            "mlp_ratio": width / hidden_size,
+            "affinity": "cosine" if kind == "prototypes" else "softmax",
+            "unconditional_expert": num_all_experts > shapes[routers[0]][0],
         }
     mlp_type = "gelu" if "blocks.0.mlp.fc2.weight" in shapes else "swiglu"
     down_proj = shapes[f"blocks.0.mlp.{'fc2' if mlp_type == 'gelu' else 'down_proj'}.weight"]

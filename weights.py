@@ -41,6 +41,7 @@ from described import (
     read_settings,
 )
 from layouts import StateDict, block_index, by_block, infer_config, to_ours
+from layouts_families import FAMILY_SETTINGS, family_fields, is_family, published_fields
 from models import DiT, DiTConfig, sincos_pos_embed
 from sharded import ShardedCheckpoint
 
@@ -113,8 +114,10 @@ def open_weights(
     indices = {name: block_index(name) for name in state}
     blocks = {index for index in indices.values() if index is not None}
     if config is None:
-        first = {name: state[name] for name, i in indices.items() if not i}  # None or block 0
-        given = check_fields({**source.known, **(known or {})}, path)
+        telling = {None, 0, *([1] if is_family(state) else [])}  # the second one has experts
+        first = {name: state[name] for name, i in indices.items() if i in telling}
+        told_by_names = family_fields(state) if is_family(state) else {}
+        given = check_fields({**told_by_names, **source.known, **(known or {})}, path)
         with blamed_on(str(path)):
             config = infer_config(dict(to_ours(first)), {"depth": len(blocks), **given})
     # before a model of so many blocks is built, even without memory
@@ -123,7 +126,8 @@ def open_weights(
         raise FileError(
             f"{path} holds {len(blocks)} blocks{numbers}; its config says {config.depth}, from 0 on"
         )
-    return Weights(state, config, source.settings, source.path, kind)
+    family = FAMILY_SETTINGS if is_family(state) else {}
+    return Weights(state, config, {**family, **source.settings}, source.path, kind)
 
 
 def verify_weights(weights: Weights) -> None:
@@ -331,6 +335,9 @@ def _open(path: Path) -> _Source:
         args = vars(args) if isinstance(args, argparse.Namespace) else args
         args = args if isinstance(args, dict) else {}
         known = {name: args[name] for name in ("num_experts_per_tok",) if name in args}
+        if isinstance(published := content.get("published_config"), dict):
+            with blamed_on(str(path)):
+                known |= published_fields(published, str(content.get("kind", "")))
         return _Source(path, weights, config, settings, known)
     if _is_state_dict(content):
         return _Source(path, {"model": content, "ema": content}, config, settings)
@@ -338,8 +345,13 @@ def _open(path: Path) -> _Source:
 
 
 def _wrapped(content: dict[str, Any]) -> dict[str, StateDict]:
-    """Return the state dicts under "model" and "ema"."""
-    return {kind: content[kind] for kind in ("model", "ema") if _is_state_dict(content.get(kind))}
+    """Return the state dicts under "model" and "ema", as whoever wrote the file calls them."""
+    spellings = {"model": "model", "model_state_dict": "model", "ema": "ema"}
+    spellings["ema_model_state_dict"] = "ema"
+    found = {k: content[n] for n, k in spellings.items() if _is_state_dict(content.get(n))}
+    if not found and _is_state_dict(only := content.get("state_dict")):
+        found = {"model": only, "ema": only}
+    return found
 
 
 def _open_folder(folder: Path) -> _Source:

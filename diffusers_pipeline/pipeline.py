@@ -31,6 +31,7 @@ class DiTMoEPipeline(DiffusionPipeline):
         vae: Any = None,
         objective: str = "rf",
         class_names: list[str] | None = None,  # diffusers knows no Sequence
+        time_scale: float | None = None,
     ) -> None:
         """Put the parts together.
 
@@ -39,18 +40,21 @@ class DiTMoEPipeline(DiffusionPipeline):
             vae: an AutoencoderKL, None for a model of pixels.
             objective: "rf" or "ddpm".
             class_names: names that labels may be given by.
+            time_scale: of rectified flow; None: 1.
         """
         super().__init__()
         if vae is not None:
             # in float32, as sample.py; with gradients torch decodes in other kernels
             vae.float().requires_grad_(False)
         self.register_modules(transformer=transformer, vae=vae)
-        self.register_to_config(objective=objective, class_names=class_names or [])
+        self.register_to_config(
+            objective=objective, class_names=class_names or [], time_scale=time_scale
+        )
         diffusion = importlib.import_module("dit_moe.diffusion")
         learn_sigma = transformer.dit.config.learn_sigma
         x0_range = (-1.0, 1.0) if vae is None else None  # of pixels; latents have no bounds
         self.diffusion = diffusion.create_diffusion(
-            objective, learn_sigma=learn_sigma, x0_range=x0_range
+            objective, learn_sigma=learn_sigma, x0_range=x0_range, time_scale=time_scale
         )
 
     @torch.no_grad()

@@ -1,8 +1,8 @@
 """What both objectives share: the training loss, classifier-free guidance and the sampling loop.
 
 An objective supplies four things (`draw_t`, `add_noise`, `loss_terms`, `steps`); the rest is here.
-t is 0 for data and 1 for noise. A model gets `time_scale * t`: t itself for rectified flow, the
-timestep 0..999 for DDPM. Arithmetic is float32 whatever the model's dtype.
+t is 0 for data and 1 for noise. A model gets `time_scale * t`: t itself for rectified flow (1000 t
+in later families), the timestep 0..999 for DDPM. Arithmetic is float32 whatever the model's dtype.
 
 Shapes: N batch, C latent channels, H W latent size, C_out = C, or 2C with a learned variance.
 """
@@ -92,7 +92,7 @@ class Diffusion(ABC):
     objective: ClassVar[str]
     default_num_steps: ClassVar[dict[str, int]]  # sampler -> steps; the first one is the default
     default_cfg_channels: ClassVar[int | None]  # how many channels guidance acts on; None = all C
-    time_scale: ClassVar[float]  # the model's time is `time_scale * t`
+    time_scale: float  # the model's time is `time_scale * t`
     x0_range: tuple[float, float] | None = None  # bounds of what is drawn, where a sampler needs it
 
     @property

@@ -1,6 +1,7 @@
 """Rectified flow: learn the velocity of a straight line from data to noise, follow it back.
 
-Shapes: N batch, C latent channels, H W latent size. t: 0 = data, 1 = noise, unscaled.
+Shapes: N batch, C latent channels, H W latent size. t: 0 = data, 1 = noise; the model gets
+`time_scale` times that.
 
 Source: Liu et al., arXiv:2209.03003; t as in Esser et al., arXiv:2403.03206, sec. 3.1.
 """
@@ -20,15 +21,24 @@ class RectifiedFlow(Diffusion):
     objective = "rf"
     default_num_steps: ClassVar = {"euler": 50, "heun": 25}
     default_cfg_channels = None
-    time_scale = 1.0
+
+    def __init__(self, *, time_scale: float = 1.0) -> None:
+        """Choose the model's unit of time: 1 for DiT-MoE, 1000 for ProMoE, EC-DiT and DiffMoE.
+
+        Raises:
+            ValueError: if it is not positive.
+        """
+        if not time_scale > 0:
+            raise ValueError(f"time_scale must be positive, got {time_scale}")
+        self.time_scale = time_scale
 
     def draw_t(self, latents: Tensor, generator: Generator | None) -> Tensor:
-        """Draw t = sigmoid(normal), (N,) in (0, 1): most weight where prediction is hardest."""
-        return randn(latents.shape[:1], latents.device, generator).sigmoid()
+        """Draw t = sigmoid(normal), (N,), scaled: most weight where prediction is hardest."""
+        return self.time_scale * randn(latents.shape[:1], latents.device, generator).sigmoid()
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Return x_t = (1 - t) latents + t noise, (N, C, H, W)."""
-        t = t.view(-1, 1, 1, 1)
+        """Return x_t = (1 - t) latents + t noise, (N, C, H, W), of scaled times (N,)."""
+        t = t.view(-1, 1, 1, 1) / self.time_scale
         return (1 - t) * latents + t * noise
 
     def loss_terms(
@@ -40,9 +50,13 @@ class RectifiedFlow(Diffusion):
 
     def steps(self, sampler: str, num_steps: int, generator: Generators) -> Steps:
         """Return the updates from t = 1 to t = 0 in even steps; nothing is drawn."""
-        update = {"euler": euler_step, "heun": heun_step}[sampler]
-        times = [(num_steps - step) / num_steps for step in range(num_steps + 1)]
-        return [(t, partial(update, t=t, t_next=t_next)) for t, t_next in pairwise(times)]
+        step, scale = {"euler": euler_step, "heun": heun_step}[sampler], self.time_scale
+
+        def at_scale(predict: Predict, x: Tensor, t: float, t_next: float) -> Tensor:
+            return step(lambda x, t: predict(x, scale * t), x, t, t_next)
+
+        times = [(num_steps - done) / num_steps for done in range(num_steps + 1)]
+        return [(scale * t, partial(at_scale, t=t, t_next=t_next)) for t, t_next in pairwise(times)]
 
 
 def euler_step(predict: Predict, x: Tensor, t: float, t_next: float) -> Tensor:

@@ -148,5 +148,10 @@ def open_run(
         quantize=quantize,
         offload=offload,
     )
-    diffusion = create_diffusion(objective, learn_sigma=config.learn_sigma, x0_range=vae.x0_range)
+    diffusion = create_diffusion(
+        objective,
+        learn_sigma=config.learn_sigma,
+        x0_range=vae.x0_range,
+        time_scale=settings.get("time_scale"),
+    )
     return DrawingRun(weights.path, model, diffusion, vae, vae_path, settings)
