@@ -18,8 +18,8 @@ from checkpoint import (
     verify_checkpoint,
 )
 from common import process
-from common.errors import FileError, UserError, blamed_on
-from models import DiTConfig
+from common.errors import FileError, UserError
+from described import read_config, read_settings
 from train_settings import WARN_IF_CHANGED, TrainSettings
 from train_utils import Job
 from weights import load_settings
@@ -80,7 +80,7 @@ def check_resumable(job: Job, path: Path, config: dict[str, Any], settings: dict
         UserError: naming what differs, if it is of another model, objective or data set, or what
             it holds is no settings.
     """
-    check_types(path, config, settings)
+    settings = read_plain_settings(settings, path)
     if difference := data_difference(settings, job.settings):
         text = f"{path} was trained on other data than --data-path {job.settings.data_path}: "
         if not job.settings.allow_new_data:
@@ -90,9 +90,9 @@ def check_resumable(job: Job, path: Path, config: dict[str, Any], settings: dict
             )
         logging.warning("%s%s", text, difference)
     ours = {**job.model.config.to_dict(), "objective": job.settings.objective}
-    with blamed_on(f"--resume: {path}"):  # JSON has lists for tuples; older files lack new fields
-        theirs = {**DiTConfig.from_dict(config).to_dict(), "objective": settings["objective"]}
-    if differing := [name for name in ours if theirs.get(name) != ours[name]]:
+    # Read as a config: JSON has lists for tuples, and older versions lack fields that came later.
+    theirs = {**read_config(config, path).to_dict(), "objective": settings["objective"]}
+    if differing := [name for name in ours if theirs[name] != ours[name]]:
         raise UserError(
             f"--resume: {path} was trained with another {', '.join(differing)}; "
             "give the same flags, or another --run-name to start anew"
@@ -102,30 +102,21 @@ def check_resumable(job: Job, path: Path, config: dict[str, Any], settings: dict
             logging.warning("%s: --%s was %s, is %s", path, name.replace("_", "-"), before, now)
 
 
-def check_types(path: Path, config: Any, settings: Any) -> None:
-    """Make sure that what a checkpoint keeps as its config and settings can be compared.
+def read_plain_settings(content: Any, path: Path) -> dict[str, Any]:
+    """Return the settings of a checkpoint, all of which can be compared with those of a run.
 
     Raises:
-        UserError: naming the first entry of another type.
+        FileError: naming the first entry of another type.
     """
-    for part, value in {"config": config, "settings": settings}.items():
-        if not isinstance(value, dict):
-            raise UserError(f"{path} is damaged: its {part} is a {type(value).__name__}")
-        for name, entry in value.items():
-            if not _is_plain(entry):
-                raise UserError(f"{path} is damaged: {name} in its {part} is {entry!r:.60}")
-    if "objective" not in settings:
-        raise UserError(f"{path} is damaged: its settings lack the objective")
-    names = settings.get("class_names", [])
-    listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    known = {
-        "objective": isinstance(settings["objective"], str),
-        "class_names": listed,
-        "data_fingerprint": isinstance(settings.get("data_fingerprint", {}), dict),
-    }
-    for name, valid in known.items():
-        if not valid:
-            raise UserError(f"{path} is damaged: {name} in its settings is {settings[name]!r:.60}")
+    settings = read_settings(content, path)
+    for name, entry in settings.items():
+        if not _is_plain(entry):
+            raise FileError(f"{path} is damaged: {name} in its settings is {entry!r:.60}")
+    if settings.get("objective") is None:
+        raise FileError(f"{path} is damaged: its settings lack the objective")
+    if not isinstance(entry := settings.get("data_fingerprint", {}), dict):
+        raise FileError(f"{path} is damaged: data_fingerprint in its settings is {entry!r:.60}")
+    return settings
 
 
 def _is_plain(value: Any) -> bool:

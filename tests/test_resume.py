@@ -211,16 +211,17 @@ def test_the_trainer_refuses_a_folder_whose_class_was_renamed(images: Path, tmp_
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"objective": 5}, "objective in its settings is 5"),
-        ({"objective": None}, "objective in its settings is None"),
-        ({"class_names": 7}, "class_names in its settings is 7"),
-        ({"class_names": [1, [2]]}, r"class_names in its settings is \[1, \[2\]\]"),
-        ({"data_fingerprint": "x"}, "data_fingerprint in its settings is 'x'"),
-        ({"lr": torch.zeros(3)}, r"lr in its settings is tensor\(\[0., 0., 0.\]\)"),
+        ({"objective": 5}, ": objective 5 is not a text"),
+        ({"objective": "edm"}, ": objective 'edm' is neither rf nor ddpm"),
+        ({"objective": None}, " is damaged: its settings lack the objective"),
+        ({"class_names": 7}, ": class_names 7 is not a list"),
+        ({"class_names": [1, [2]]}, ": class_names 1 is not a text"),
+        ({"data_fingerprint": "x"}, " is damaged: data_fingerprint in its settings is 'x'"),
+        ({"lr": torch.zeros(3)}, r" is damaged: lr in its settings is tensor\(\[0., 0., 0.\]\)"),
     ],
 )
 def test_settings_of_wrong_types_are_one_line(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=rf"0000001\.pt is damaged: {message}"):
+    with pytest.raises(FileError, match=rf"0000001\.pt{message}"):
         go_on(job_of(), **changes)
 
 
@@ -228,10 +229,26 @@ def test_a_config_or_settings_that_are_no_table_are_one_line() -> None:
     job = job_of()
     bad: Any = ["a", "list"]
     config, settings = job.model.config.to_dict(), job.settings.to_dict()
-    with pytest.raises(UserError, match="its settings is a list"):
+    with pytest.raises(FileError, match=r"settings .* is not an object"):
         check_resumable(job, Path("0000001.pt"), config, bad)
-    with pytest.raises(UserError, match="its config is a list"):
+    with pytest.raises(FileError, match=r"config .* is not an object"):
         check_resumable(job, Path("0000001.pt"), bad, settings)
-    del settings["objective"]
-    with pytest.raises(UserError, match="its settings lack the objective"):
-        check_resumable(job, Path("0000001.pt"), config, settings)
+    with pytest.raises(FileError, match=r"depth \"deep\" is not int"):
+        check_resumable(job, Path("0000001.pt"), config | {"depth": "deep"}, settings)
+
+
+# ------------------------------------------------------------------------------ older versions
+
+
+def test_a_config_without_the_fields_that_came_later_is_of_the_same_model() -> None:
+    job = job_of()
+    first_version = (
+        *("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads"),
+        *("mlp_ratio", "num_classes", "class_dropout_prob", "num_experts", "num_experts_per_tok"),
+        *("num_shared_experts", "norm_topk_prob", "learn_sigma", "qk_norm", "mlp_type"),
+    )
+    config = job.model.config.to_dict()
+    old = {name: config[name] for name in first_version}
+    check_resumable(job, Path("0000001.pt"), old, job.settings.to_dict())
+    with pytest.raises(UserError, match=r"was trained with another depth; give the same flags"):
+        check_resumable(job, Path("0000001.pt"), old | {"depth": 5}, job.settings.to_dict())
