@@ -16,7 +16,7 @@ from typing import Any
 
 from common import process
 from common.errors import FileError, UserError
-from common.flags import MODEL_SIZES, FlagParser, dtype_flag, flag, model_size, number, seed
+from common.flags import FlagParser, dtype_flag, flag, in_groups, model_size, number, seed
 from common.process import Runtime
 from data import FolderImages, ImageDataset
 from data.latent_cache import CachedLatents
@@ -98,7 +98,7 @@ def _add_model_flags(parser: FlagParser) -> None:
     model.add(
         "--model",
         **model_size(DiT_models),
-        help=f"Size and patch of the network, one of {MODEL_SIZES}; to be given.",
+        help=f"Size and patch of the network, one of {in_groups(DiT_models)}; to be given.",
     )
     model.add(
         "--num-classes",

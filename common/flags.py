@@ -17,8 +17,6 @@ from common.errors import printable
 from common.process import DTYPES, long_name
 
 MAX_INT = 10**9  # of any count: beyond lie typing errors
-# Registered sizes as help and messages show them; `models.DiT_models` has the list.
-MODEL_SIZES = "DiT-{Ti,S,B,L,XL}/{2,4,8}, DiT-Ti/1, DiT-G/2"
 
 
 # ------------------------------------------------------------------------------ values
@@ -79,10 +77,33 @@ def model_size(names: Iterable[str]) -> dict[str, Any]:
         if text not in known:
             near = difflib.get_close_matches(text, known, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise argparse.ArgumentTypeError(f"{text} is none of {MODEL_SIZES}{hint}")
+            raise argparse.ArgumentTypeError(f"{text} is none of {in_groups(known)}{hint}")
         return text
 
     return {"type": parse, "metavar": "SIZE"}
+
+
+def in_groups(names: Iterable[str]) -> str:
+    """Shorten names of the form FAMILY-SIZE/PATCH: DiT-{Ti,S}/{2,4}, DiT-Ti/1."""
+    patches: dict[str, dict[str, list[str]]] = {}  # family -> size -> patches
+    for name in names:
+        family, _, rest = name.rpartition("-")
+        size, _, patch = rest.partition("/")
+        patches.setdefault(family, {}).setdefault(size, []).append(patch)
+    groups = []
+    for family, left in patches.items():
+        while left := {size: found for size, found in left.items() if found}:
+            # The patches of one size, with all sizes that have them: the most names at once.
+            shared = {tuple(p): [s for s in left if set(p) <= set(left[s])] for p in left.values()}
+            most = max(shared, key=lambda found: len(found) * len(shared[found]))
+            groups.append(f"{family}-{_braced(shared[most])}/{_braced(most)}")
+            for size in shared[most]:
+                left[size] = [patch for patch in left[size] if patch not in most]
+    return ", ".join(groups)
+
+
+def _braced(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{{{','.join(parts)}}}"
 
 
 # ------------------------------------------------------------------------------ parser
