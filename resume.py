@@ -80,7 +80,7 @@ def check_resumable(job: Job, path: Path, config: dict[str, Any], settings: dict
         UserError: naming what differs, if it is of another model, objective or data set, or what
             it holds is no settings.
     """
-    settings = read_plain_settings(settings, path)
+    settings = read_plain_settings(settings, f"--resume: {path}")
     if difference := data_difference(settings, job.settings):
         text = f"{path} was trained on other data than --data-path {job.settings.data_path}: "
         if not job.settings.allow_new_data:
@@ -91,7 +91,10 @@ def check_resumable(job: Job, path: Path, config: dict[str, Any], settings: dict
         logging.warning("%s%s", text, difference)
     ours = {**job.model.config.to_dict(), "objective": job.settings.objective}
     # Read as a config: JSON has lists for tuples, and older versions lack fields that came later.
-    theirs = {**read_config(config, path).to_dict(), "objective": settings["objective"]}
+    theirs = {
+        **read_config(config, f"--resume: {path}").to_dict(),
+        "objective": settings["objective"],
+    }
     if differing := [name for name in ours if theirs[name] != ours[name]]:
         raise UserError(
             f"--resume: {path} was trained with another {', '.join(differing)}; "
@@ -102,20 +105,20 @@ def check_resumable(job: Job, path: Path, config: dict[str, Any], settings: dict
             logging.warning("%s: --%s was %s, is %s", path, name.replace("_", "-"), before, now)
 
 
-def read_plain_settings(content: Any, path: Path) -> dict[str, Any]:
+def read_plain_settings(content: Any, source: str) -> dict[str, Any]:
     """Return the settings of a checkpoint, all of which can be compared with those of a run.
 
     Raises:
         FileError: naming the first entry of another type.
     """
-    settings = read_settings(content, path)
+    settings = read_settings(content, source)
     for name, entry in settings.items():
         if not _is_plain(entry):
-            raise FileError(f"{path} is damaged: {name} in its settings is {entry!r:.60}")
+            raise FileError(f"{source} is damaged: {name} in its settings is {entry!r:.60}")
     if settings.get("objective") is None:
-        raise FileError(f"{path} is damaged: its settings lack the objective")
+        raise FileError(f"{source} is damaged: its settings lack the objective")
     if not isinstance(entry := settings.get("data_fingerprint", {}), dict):
-        raise FileError(f"{path} is damaged: data_fingerprint in its settings is {entry!r:.60}")
+        raise FileError(f"{source} is damaged: data_fingerprint in its settings is {entry!r:.60}")
     return settings
 
 
