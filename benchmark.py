@@ -32,6 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import process
+from common.errors import one_line_errors
+from common.files import atomic_write, make_writable
 from common.flags import FlagParser, number
 from diffusion import create_diffusion
 from measures import (
@@ -492,7 +494,13 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure all parts for all models, print the tables and write the JSON."""
+    """Measure all parts for all models, print the tables and write the JSON.
+
+    Raises:
+        FileError: `--out` can't be written; said before anything is measured.
+    """
+    if args.out:
+        make_writable(args.out.parent, "--out")
     if args.threads:
         torch.set_num_threads(args.threads)
     bench = Bench(args, process.setup().device)
@@ -506,9 +514,10 @@ def main(args: argparse.Namespace) -> None:
     if args.out:
         settings = {key: value for key, value in vars(args).items() if key != "out"}
         content = {"machine": about, "settings": settings, "rows": bench.rows}
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(content, indent=1) + "\n")
+        with atomic_write(args.out) as temp:
+            temp.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(build_parser().parse_args())
+    with one_line_errors():
+        main(build_parser().parse_args())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import benchmark
+from common.errors import FileError
 from measures import (
     Bench,
     Entry,
@@ -170,3 +171,10 @@ def test_an_unknown_part_is_refused_by_name(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         benchmark.build_parser().parse_args(["--parts", "rate,laier"])
     assert "['laier'] not in rate,layer,step" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_measuring(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    out = str(tmp_path / "file" / "b.json")
+    with pytest.raises(FileError, match=r"--out .*file can't be written"):
+        benchmark.main(benchmark.build_parser().parse_args(["--out", out]))
