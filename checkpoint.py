@@ -373,6 +373,7 @@ def load_torch(path: Path) -> Any:
 
 
 def is_checkpoint(content: Any) -> bool:
+    """Tell whether what a torch file holds calls itself a training checkpoint of ours."""
     return isinstance(content, dict) and content.get("format") == FORMAT
 
 
