@@ -1,7 +1,7 @@
 """Draw a grid of images from a checkpoint.
 
-    python sample.py --ckpt results/DiT-Ti-1-rf-digits
-    python sample.py --ckpt results/DiT-Ti-1-rf-digits --labels 3 7 --num-per-class 20 --out 37.png
+    python sample.py --ckpt results/demo
+    python sample.py --ckpt results/demo --labels 3 7 --num-per-class 20 --out 37.png
     python sample.py --model DiT-XL/2 --ckpt dit_moe_xl_8E2A.pt --vae-path V --cfg-scale 1.5
     python sample.py --ckpt G-16E2A --vae-path V --quantize int8  # or --offload disk
 

@@ -28,6 +28,7 @@ from common import process
 from common.errors import blamed_on, one_line_errors
 from reporter import draw_grid
 from resume import check_resumable, restore_rng
+from train_flags import build_parser
 from train_loop import (
     Batch,
     all_finite,
@@ -38,7 +39,6 @@ from train_loop import (
     require_loss_scale,
     set_learning_rate,
 )
-from train_settings import build_parser
 from train_utils import Ema, Job, compile_blocks
 
 

@@ -34,6 +34,7 @@ from sharded import (
     write_share,
     write_state,
 )
+from train_flags import build_parser
 from train_loop import (
     Batch,
     all_finite,
@@ -44,7 +45,6 @@ from train_loop import (
     require_loss_scale,
     set_learning_rate,
 )
-from train_settings import build_parser
 from train_utils import Job, compile_blocks, describe, initial_weights
 from zero_config import engine_config, read_config, resolve_precision
 

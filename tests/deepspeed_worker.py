@@ -26,7 +26,7 @@ from models import Routing
 from routing import LoadCounter
 from train import DdpTrainer
 from train_deepspeed import DeepSpeedTrainer, build_deepspeed_parser
-from train_settings import build_parser
+from train_flags import build_parser
 from train_utils import build_model, initial_weights, prepare
 from zero_config import zero_stage
 

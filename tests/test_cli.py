@@ -21,7 +21,7 @@ from common.flags import FlagParser, in_groups
 from common.quiet import silence
 from models import DiT_models
 from train_deepspeed import build_deepspeed_parser
-from train_settings import build_parser
+from train_flags import build_parser
 from train_utils import prepare
 from weights import load_model
 

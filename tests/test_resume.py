@@ -16,8 +16,9 @@ from common import process
 from common.errors import FileError, UserError
 from resume import check_resumable, find_resume
 from train import DdpTrainer
+from train_flags import build_parser
 from train_loop import launch
-from train_settings import TrainSettings, build_parser
+from train_settings import TrainSettings
 from train_utils import Job, prepare
 
 CLASSES = ("bird", "cat", "dog")

@@ -32,8 +32,8 @@ import train_loop
 from checkpoint import checkpoint_path, latest_checkpoint, load_checkpoint
 from common.errors import UserError
 from train import DdpTrainer
+from train_flags import build_parser
 from train_loop import launch
-from train_settings import build_parser
 
 CKPT_EVERY, MAX_STEPS = 4, 40
 STOPPABLE_RUN = (*TINY_RUN, "--ckpt-every", str(CKPT_EVERY), "--log-every", "1")

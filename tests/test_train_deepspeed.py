@@ -32,7 +32,7 @@ from memory import GIB
 from models import DiT_models
 from reporter import draw_grid
 from sharded import ShardedCheckpoint
-from train_settings import build_parser
+from train_flags import build_parser
 from train_utils import prepare
 from weights import load_model
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from launch import TINY_RUN
 
-from train_settings import build_parser, default_run_name, split_batch
+from train_flags import build_parser
+from train_settings import default_run_name, split_batch
 from train_utils import Job, prepare
 
 

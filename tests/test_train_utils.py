@@ -19,8 +19,9 @@ from models import DiT_models
 from reporter import Reporter, draw_grid, load_scalars
 from routing import LoadCounter
 from train import DdpTrainer
+from train_flags import build_parser
 from train_loop import launch, learning_rate
-from train_settings import TrainSettings, build_parser
+from train_settings import TrainSettings
 from train_utils import Ema, Job, build_model, describe, initial_weights, prepare
 from weights import load_model
 

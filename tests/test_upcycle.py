@@ -18,7 +18,7 @@ from checkpoint import save_safetensors
 from common.errors import FileError, UserError
 from layouts import to_published
 from models import DiT, DiTConfig, GeluExperts
-from train_settings import build_parser as training_parser
+from train_flags import build_parser as training_parser
 from train_utils import build_model, initial_weights, prepare
 from weights import load_model, load_settings, open_weights
 

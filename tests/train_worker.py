@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from common import process
 from routing import LoadCounter
 from train import DdpTrainer
-from train_settings import build_parser
+from train_flags import build_parser
 from train_utils import prepare
 
 NUM_UPDATES = 5

@@ -1,0 +1,323 @@
+"""The flags that both trainers share, as `--help` groups them; train_settings.py settles them."""
+
+from common.flags import (
+    FlagGroup,
+    FlagParser,
+    dtype_flag,
+    flag,
+    in_groups,
+    model_size,
+    number,
+    seed,
+)
+from models import DiT_models
+
+
+def build_parser(docstring: str | None) -> FlagParser:
+    """Return the parser of the flags that both trainers share."""
+    parser = FlagParser(docstring)
+    _add_data_flags(parser.group("Data"))
+    _add_model_flags(parser.group("Model"))
+    _add_moe_flags(parser.group("MoE"))
+    optimization = parser.group("Optimization")
+    _add_batch_flags(optimization)
+    _add_optimizer_flags(optimization)
+    run = parser.group("Run")
+    _add_course_flags(run)
+    _add_output_flags(run)
+    return parser
+
+
+def _add_data_flags(data: FlagGroup) -> None:
+    data.add(
+        "--data-path",
+        required=True,
+        metavar="DATA",
+        help="What to train on: a folder with one subfolder of images per class, what "
+        "encode_latents.py made of one, or the embedded sets digits and fashion-mnist.",
+    )
+    data.add(
+        "--image-size",
+        type=number(int, 1, 16_384),
+        metavar="PIXELS",
+        help="Side in pixels that images of a folder are cropped to. Default: 256; embedded sets "
+        "and latents have their own.",
+    )
+    data.add(
+        "--fashion-mnist-root",
+        metavar="FOLDER",
+        help="Folder of Fashion-MNIST's four idx files. Default: where Debian's package "
+        "dataset-fashion-mnist puts them, else a download to ./downloads.",
+    )
+    data.add(
+        "--flip",
+        **flag,
+        help="Mirror half of the images at random. Default: on for folders, off for embedded sets.",
+    )
+    data.add(
+        "--vae-path",
+        metavar="VAE",
+        help="Folder or hub id of the autoencoder whose latents are modelled; none trains on "
+        "pixels. Default: stabilityai/sd-vae-ft-ema for folders, none for embedded sets.",
+    )
+    data.add(
+        "--skip-broken",
+        default=False,
+        **flag,
+        help="Let the next image stand in for one that cannot be read, and log it; else the run "
+        "ends.",
+    )
+    data.add(
+        "--num-workers",
+        type=number(int, 0, 1024),
+        metavar="N",
+        help="Number of processes per rank that load images. Default: 4 for folders and latents, "
+        "0 for embedded sets.",
+    )
+
+
+def _add_model_flags(model: FlagGroup) -> None:
+    model.add(
+        "--model",
+        **model_size(DiT_models),
+        help=f"Size and patch of the network, one of {in_groups(DiT_models)}; to be given.",
+    )
+    model.add(
+        "--num-classes",
+        type=number(int, 1, 100_000),
+        metavar="N",
+        help="Number of labels, without the null label. Default: the data's own.",
+    )
+    model.add(
+        "--class-dropout-prob",
+        type=number(float, 0, 1),
+        default=0.1,
+        metavar="P",
+        help="Share of labels replaced by the null label, which guidance needs.",
+    )
+    model.add(
+        "--qk-norm",
+        **flag,
+        help="Normalise queries and keys of the attention. Default: on for XL and G.",
+    )
+    model.add(
+        "--flash-attn",
+        default=False,
+        **flag,
+        help="Use the flash-attn package (CUDA) for attention, not PyTorch's own kernels.",
+    )
+    model.add(
+        "--init-from",
+        metavar="CKPT",
+        help="Checkpoint of any accepted layout whose averaged weights a fresh run starts from.",
+    )
+
+
+def _add_moe_flags(moe: FlagGroup) -> None:
+    moe.add(
+        "--num-experts",
+        type=number(int, 0, 4096),
+        metavar="E",
+        help="Number of routed experts in a block; 0 makes it dense. Default: 16 for G, else 8.",
+    )
+    moe.add(
+        "--num-experts-per-tok",
+        type=number(int, 1, 4096),
+        metavar="K",
+        help="Number of routed experts that each token uses. Default: 2.",
+    )
+    moe.add(
+        "--num-shared-experts",
+        type=number(int, 0, 1024),
+        metavar="N",
+        help="Hidden width of the expert that all tokens use, in units of the model's width; 0 "
+        "leaves it out. Default: 2.",
+    )
+    moe.add(
+        "--mlp-ratio",
+        type=number(float, 0.01, 1024),
+        metavar="RATIO",
+        help="Hidden width of a routed expert, in units of the model's width. Default: 4.",
+    )
+    moe.add(
+        "--aux-loss-weight",
+        type=number(float, 0),
+        default=0.005,
+        metavar="WEIGHT",
+        help="Weight of each layer's load balancing loss beside the objective's loss.",
+    )
+
+
+def _add_batch_flags(train: FlagGroup) -> None:
+    train.add(
+        "--rf",
+        default=False,
+        **flag,
+        help="Train with rectified flow, not with DDPM's noise prediction.",
+    )
+    train.add(
+        "--global-batch-size",
+        "--train_batch_size",
+        type=number(int, 1, 10_000_000),
+        default=256,
+        metavar="N",
+        help="Number of images in an optimizer step, over all ranks.",
+    )
+    train.add(
+        "--micro-batch-size",
+        type=number(int, 1, 1_000_000),
+        metavar="N",
+        help="Number of images in a rank's forward pass. Default: a step's share of the rank "
+        "divided by --accum-steps.",
+    )
+    train.add(
+        "--accum-steps",
+        "--accum_iter",
+        type=number(int, 1, 1_000_000),
+        metavar="N",
+        help="Number of forward passes of a rank in an optimizer step. Default: as many as "
+        "--micro-batch-size needs, 1 without it.",
+    )
+
+
+def _add_optimizer_flags(train: FlagGroup) -> None:
+    train.add(
+        "--lr",
+        type=number(float, 0, 1000),
+        default=1e-4,
+        metavar="RATE",
+        help="Learning rate of AdamW, constant after the warm-up.",
+    )
+    train.add(
+        "--warmup-steps",
+        type=number(int, 0),
+        default=0,
+        metavar="STEPS",
+        help="Optimizer steps over which the learning rate rises linearly from 0.",
+    )
+    train.add(
+        "--weight-decay",
+        type=number(float, 0, 1000),
+        default=0.0,
+        metavar="DECAY",
+        help="Decoupled weight decay of AdamW.",
+    )
+    train.add(
+        "--clip-grad",
+        type=number(float, 0),
+        default=1.0,
+        metavar="NORM",
+        help="Largest norm of a step's gradient, which is scaled down to it; 0 turns it off.",
+    )
+    train.add(
+        "--ema-decay",
+        type=number(float, 0, 1),
+        default=0.9999,
+        metavar="DECAY",
+        help="Share of the averaged weights that a step keeps.",
+    )
+    train.add(
+        "--precision",
+        **dtype_flag,
+        help="Format of matrix products; master weights stay in fp32. Default: bf16 where the "
+        "hardware has it, else fp32.",
+    )
+    train.add(
+        "--grad-checkpointing",
+        default=False,
+        **flag,
+        help="Compute every block again in the backward pass, which saves memory and costs time.",
+    )
+    train.add("--compile", default=False, **flag, help="Compile every block with torch.compile.")
+
+
+def _add_course_flags(run: FlagGroup) -> None:
+    run.add(
+        "--results-dir", default="results", metavar="FOLDER", help="Folder that all runs are in."
+    )
+    run.add(
+        "--run-name",
+        metavar="NAME",
+        help="Folder of this run in --results-dir. Default: from the model, the data, the seed, "
+        "the rate and whatever else makes it another run.",
+    )
+    run.add(
+        "--resume",
+        default="auto",
+        metavar="FROM",
+        help="Checkpoint to go on from: auto takes the run's last, never insists on a new run, "
+        "and a file or folder goes back to that one.",
+    )
+    run.add(
+        "--allow-new-data",
+        default=False,
+        **flag,
+        help="Go on with a run although its images or classes are not those it began with.",
+    )
+    run.add(
+        "--epochs",
+        type=number(int, 1),
+        default=1400,
+        metavar="N",
+        help="Number of passes over the data after which the run ends.",
+    )
+    run.add(
+        "--max-steps",
+        type=number(int, 1),
+        metavar="STEPS",
+        help="Optimizer steps after which the run ends, if --epochs does not end it before. "
+        "Default: no limit.",
+    )
+    run.add(
+        "--seed",
+        "--global-seed",
+        "--global_seed",
+        type=seed,
+        default=0,
+        metavar="N",
+        help="Seed of the weights, the order of the images, noise, times and label drops.",
+    )
+
+
+def _add_output_flags(run: FlagGroup) -> None:
+    run.add(
+        "--log-every",
+        type=number(int, 1),
+        default=100,
+        metavar="STEPS",
+        help="Optimizer steps between two points of the curves.",
+    )
+    run.add(
+        "--ckpt-every",
+        type=number(int, 1),
+        default=5000,
+        metavar="STEPS",
+        help="Optimizer steps between two checkpoints; the last step is saved too.",
+    )
+    run.add(
+        "--keep-last",
+        type=number(int, 0),
+        default=3,
+        metavar="N",
+        help="Number of checkpoints kept, the last ones; 0 keeps all.",
+    )
+    run.add(
+        "--sample-every",
+        type=number(int, 0),
+        default=5000,
+        metavar="STEPS",
+        help="Optimizer steps between two grids of samples; 0 draws none.",
+    )
+    run.add(
+        "--sample-cfg-scale",
+        type=number(float, 0),
+        default=1.5,
+        metavar="SCALE",
+        help="Scale of classifier-free guidance in these grids; 1 turns it off.",
+    )
+    run.add(
+        "--dry-run",
+        default=False,
+        **flag,
+        help="Print the settings and the number of parameters, then stop; nothing is written.",
+    )
