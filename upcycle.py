@@ -44,6 +44,11 @@ from layouts import block_index, by_block, known_fields
 from models import DiT_models, DiTBlock, DiTConfig
 from weights import Weights, add_pos_embed, open_weights, page_out, place
 
+OTHER_MIXTURES = (
+    *("affinity", "selection", "unconditional_expert", "balance"),
+    *("moe_blocks", "first_k_dense_replace"),
+)
+
 
 def build_parser() -> FlagParser:
     """Return the parser of this script's flags."""
@@ -67,17 +72,10 @@ def add_mixture_flags(moe: FlagGroup) -> None:
         type=number(int, 1),
         help="Experts that a token uses, K. Default: 2 G of a dense source, else its K times G.",
     )
-    moe.add(
-        "--granularity",
-        type=number(int, 1),
-        default=1,
-        help="Number of finer experts, G, that each copy is cut into.",
-    )
-    moe.add(
-        "--num-shared-experts",
-        type=number(int, 0),
-        help="Width of the shared expert of a dense source, in D. Default: 0.",
-    )
+    finer = "Number of finer experts, G, that each copy is cut into."
+    moe.add("--granularity", type=number(int, 1), default=1, help=finer)
+    width = "Width of the shared expert of a dense source, in D. Default: 0."
+    moe.add("--num-shared-experts", type=number(int, 0), help=width)
     moe.add(
         "--shared",
         choices=["zero", "split"],
@@ -145,6 +143,9 @@ def plan_config(args: argparse.Namespace, source: DiTConfig) -> DiTConfig:
 
 def plan_mixture(args: argparse.Namespace, source: DiTConfig) -> Plan:
     """Return what becomes of a MoE, which keeps all but the number of its experts."""
+    for name in OTHER_MIXTURES:
+        if (found := getattr(source, name)) != getattr(DiTConfig(), name):
+            raise UserError(f"--ckpt {args.ckpt} has {name} {found}: only DiT-MoE is upcycled")
     active = source.num_experts_per_tok * args.granularity
     if args.num_experts_per_tok not in (None, active):
         raise UserError(

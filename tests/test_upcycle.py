@@ -327,6 +327,25 @@ def test_weights_that_are_no_numbers_are_not_copied(
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize(
+    "mixture",
+    [
+        {"affinity": "cosine"},
+        {"selection": "expert_choice", "balance": ()},
+        {"balance": ("bias",)},
+        {"unconditional_expert": True},
+        {"moe_blocks": "every_second"},
+        {"first_k_dense_replace": 1},
+    ],
+)
+def test_other_mixtures_than_dit_moe_are_refused(tmp_path: Path, mixture: dict[str, Any]) -> None:
+    path = save(
+        random_model(DiTConfig(**{**TINY.to_dict(), **mixture})), tmp_path / "x.safetensors"
+    )
+    with pytest.raises(UserError, match="only DiT-MoE is upcycled"):
+        run(path, tmp_path / "out", "--num-experts", "8")
+
+
 def test_the_command_says_in_one_line_what_is_wrong(tmp_path: Path) -> None:
     path = save(random_model(TINY), tmp_path / "moe4.safetensors")
     (tmp_path / "file").write_text("mine")
