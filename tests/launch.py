@@ -1,6 +1,6 @@
 """Start our scripts as a user does: alone, under torchrun, on several nodes, killed at any moment.
 
-Also the flags and the VAE of a run small enough for that. pytest finds this in the tests' folder.
+Also the flags of a run small enough for that. pytest finds this in the tests' folder.
 """
 
 import os
@@ -11,9 +11,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
-
-import torch
 
 REPO = Path(__file__).parent.parent
 TIMEOUT_SECONDS = 180  # of one run; generous, since other work may share the cores
@@ -36,23 +33,6 @@ def free_port() -> str:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return str(listener.getsockname()[1])
-
-
-def save_tiny_vae(folder: Path) -> Path:
-    """Write a random AutoencoderKL of 25k parameters: 4 latent channels, 8 times smaller."""
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    model: Any = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8,) * 4,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-    )
-    model.save_pretrained(folder)
-    return folder
 
 
 class Process:

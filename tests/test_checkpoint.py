@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
+from helpers import random_model
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -47,11 +48,7 @@ class RunsCode:
 
 def tiny_model(seed: int = 0, config: DiTConfig = TINY) -> DiT:
     """Return a model whose every parameter is random, so that none can hide."""
-    torch.manual_seed(seed)
-    model = DiT(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model
+    return random_model(config, seed=seed, frozen=True)
 
 
 def save_tiny(path: Path, seed: int = 0, step: int = 1, **overrides: Any) -> Path:

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from launch import REPO, TINY_RUN, Process, save_tiny_vae, torchrun
+from helpers import save_image_folder, save_tiny_vae
+from launch import REPO, TINY_RUN, Process, torchrun
 from PIL import Image
 
 from checkpoint import checkpoint_path, load_checkpoint
@@ -44,13 +44,8 @@ def run_script(script: str, *flags: str) -> tuple[int, str]:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with images/CLASS/*.png of several shapes, and a small vae/."""
     folder = tmp_path_factory.mktemp("inputs")
-    generator = torch.Generator().manual_seed(0)
-    for label in range(NUM_CLASSES):
-        (folder / "images" / f"class{label}").mkdir(parents=True)
-        for index in range(IMAGES_PER_CLASS):
-            shape = (70 + 10 * index, 90 - 10 * label, 3)
-            pixels = torch.randint(256, shape, generator=generator, dtype=torch.uint8).numpy()
-            Image.fromarray(pixels).save(folder / "images" / f"class{label}" / f"{index}.png")
+    images = (folder / "images", NUM_CLASSES, IMAGES_PER_CLASS)
+    save_image_folder(*images, lambda label, index: (70 + 10 * index, 90 - 10 * label))
     save_tiny_vae(folder / "vae")
     return folder
 

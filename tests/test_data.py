@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launch import save_tiny_vae
+from helpers import save_tiny_vae
 from PIL import Image
 
 from common.errors import UserError

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launch import Process, save_tiny_vae, torchrun
-from PIL import Image
+from helpers import save_image_folder, save_tiny_vae
+from launch import Process, torchrun
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import encode_latents
@@ -32,13 +32,7 @@ NUM_CLASSES, PER_CLASS, SIZE = 2, 5, 32
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with images/CLASS/*.png and a small vae/."""
     folder = tmp_path_factory.mktemp("inputs")
-    generator = torch.Generator().manual_seed(0)
-    for label in range(NUM_CLASSES):
-        (folder / "images" / f"class{label}").mkdir(parents=True)
-        for index in range(PER_CLASS):
-            pixels = torch.randint(256, (40, 36, 3), generator=generator, dtype=torch.uint8)
-            path = folder / "images" / f"class{label}" / f"{index}.png"
-            Image.fromarray(pixels.numpy()).save(path)
+    save_image_folder(folder / "images", NUM_CLASSES, PER_CLASS, lambda *_: (40, 36))
     save_tiny_vae(folder / "vae")
     return folder
 

@@ -1,5 +1,6 @@
 """evaluate.py: which samples it draws, on how many ranks, after a kill; what it says of them."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import TINY_DIGITS, random_model, run_main
 from launch import Process, torchrun
 from PIL import Image
 
@@ -26,20 +28,9 @@ from evaluation.comparison import Look, describe_source, reference_statistics
 from evaluation.features import ClassifierExtractor
 from evaluation.image_sets import NpzSet, save_npz
 from evaluation.metrics import Statistics
-from models import DiT, DiTConfig
+from models import DiT
 
-TINY = DiTConfig(
-    input_size=8,  # digits
-    patch_size=4,
-    in_channels=1,
-    hidden_size=16,
-    depth=1,
-    num_heads=2,
-    mlp_ratio=1.0,
-    num_classes=10,
-    num_experts=4,
-    num_experts_per_tok=2,
-)
+TINY = dataclasses.replace(TINY_DIGITS, depth=1)
 SETTINGS = {"vae_path": "none", "data_path": "digits", "image_size": 8}
 FD = "FD (classifier features)"
 
@@ -48,11 +39,7 @@ FD = "FD (classifier features)"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a model of each objective and a cache with a quick classifier."""
     folder = tmp_path_factory.mktemp("evaluate")
-    torch.manual_seed(0)
-    model = DiT(TINY)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.2)
+    model = random_model(TINY)
     for objective in ("rf", "ddpm"):
         settings = {**SETTINGS, "objective": objective}
         save_safetensors(folder / f"{objective}.safetensors", model.state_dict(), TINY, settings)
@@ -75,7 +62,7 @@ def flags(folder: Path, out: Path, *more: str) -> list[str]:
 
 def run(folder: Path, out: Path, *more: str) -> dict:
     """Run evaluate.py in this process; returns its metrics.json."""
-    evaluate.main(evaluate.build_parser().parse_args(flags(folder, out, *more)))
+    run_main(evaluate, *flags(folder, out, *more))
     return json.loads((out / "metrics.json").read_text())
 
 
@@ -429,7 +416,7 @@ def test_what_was_loaded_of_a_live_run_is_what_is_hashed_and_named(
     monkeypatch.chdir(tmp_path)
     words = ["--ckpt", str(live), "--cache", str(folder / "cache"), "--num-seeds", "2"]
     args = [*words, "--num-samples", "10", "--num-sampling-steps", "1", "--dtype", "fp32"]
-    evaluate.main(evaluate.build_parser().parse_args(args))
+    run_main(evaluate, *args)
     out = tmp_path / "results" / "evaluation" / "live-0000001-euler1-cfg1.5-10"
     for seed in range(2):
         assert json.loads((out / f"seed{seed}.json").read_text())["checkpoint"] == expected

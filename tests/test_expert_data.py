@@ -1,12 +1,11 @@
 """Routing counts against naive recounts, over ranks, after a stop, merged; their measures."""
 
 import csv
+import dataclasses
 import hashlib
 import io
 import json
 import math
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from launch import REPO, Process, torchrun
+from helpers import TINY_DIGITS, random_model, refusal, run_main
+from launch import Process, torchrun
 from PIL import Image
 from torch import Tensor, nn
 
@@ -37,19 +37,7 @@ from routing import (
 from routing.figures import pick_layers
 from routing.tables import ADDED, RoutingData, format_table, measure, measure_all, merge
 
-TINY = DiTConfig(
-    input_size=8,  # digits
-    patch_size=4,
-    in_channels=1,
-    hidden_size=16,
-    depth=2,
-    num_heads=2,
-    mlp_ratio=1.0,
-    num_classes=10,
-    num_experts=4,
-    num_experts_per_tok=2,
-)
-T, L, E, K = 4, TINY.depth, TINY.num_experts, TINY.num_experts_per_tok
+T, L, E, K = 4, TINY_DIGITS.depth, TINY_DIGITS.num_experts, TINY_DIGITS.num_experts_per_tok
 SETTINGS = {"objective": "rf", "vae_path": "none", "data_path": "digits", "image_size": 8}
 SETTINGS["class_names"] = list("0123456789")
 STEPS = 3
@@ -57,13 +45,9 @@ STEPS = 3
 
 def save_model(folder: Path, objective: str = "rf") -> str:
     """Write a model whose blocks do something, so that routing depends on class and step."""
-    torch.manual_seed(0)
-    model = DiT(TINY)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.3)
+    model = random_model(TINY_DIGITS, std=0.3)
     path = folder / f"{objective}.safetensors"
-    save_safetensors(path, model.state_dict(), TINY, {**SETTINGS, "objective": objective})
+    save_safetensors(path, model.state_dict(), TINY_DIGITS, {**SETTINGS, "objective": objective})
     return str(path)
 
 
@@ -76,7 +60,7 @@ def command(ckpt: str, out: Path, *more: str) -> list[str]:
 
 def count(ckpt: str, out: Path, *more: str) -> RoutingData:
     """Run expert_data.py in this process."""
-    expert_data.main(expert_data.build_parser().parse_args(command(ckpt, out, *more)))
+    run_main(expert_data, *command(ckpt, out, *more))
     return RoutingData.load(out)
 
 
@@ -120,7 +104,7 @@ def naive_count(
 
 def test_every_table_equals_a_recount_token_by_token():
     torch.manual_seed(0)
-    model, labels, seen, step = DiT(TINY).eval(), torch.tensor([7, 1, 7]), [], 0
+    model, labels, seen, step = DiT(TINY_DIGITS).eval(), torch.tensor([7, 1, 7]), [], 0
     recorder = RoutingRecorder(model, num_steps=2, num_traced=2)
     for layer, router in enumerate(m for m in model.modules() if isinstance(m, TopKRouter)):
         router.register_forward_hook(
@@ -246,12 +230,8 @@ MIXTURES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("mixture", MIXTURES)
 def test_every_kind_of_mixture_is_counted_and_drawn(mixture: dict[str, Any], tmp_path: Path):
-    config = DiTConfig(**{**TINY.to_dict(), **mixture})
-    torch.manual_seed(0)
-    model = DiT(config)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.3)
+    config = dataclasses.replace(TINY_DIGITS, **mixture)
+    model = random_model(config, std=0.3)
     path = tmp_path / "model.safetensors"
     save_safetensors(path, model.state_dict(), config, SETTINGS)
 
@@ -277,12 +257,12 @@ def test_every_kind_of_mixture_is_counted_and_drawn(mixture: dict[str, Any], tmp
     assert torch.equal(traced, chosen) or ((traced <= chosen).all() and mixture.get("selection"))
     for kind in heatmap_layer.FIGURES:
         args = ["--data", str(tmp_path / "a.npz"), "--out", str(tmp_path / f"{kind}.png")]
-        heatmap_layer.main(heatmap_layer.build_parser().parse_args([*args, "--by", kind]))
+        run_main(heatmap_layer, *args, "--by", kind)
     expert_report.build_page(data)
 
 
 def test_layers_are_called_by_the_number_of_their_block(tmp_path: Path) -> None:
-    config = DiTConfig(**{**TINY.to_dict(), "moe_blocks": "every_second", "depth": 4})
+    config = dataclasses.replace(TINY_DIGITS, moe_blocks="every_second", depth=4)
     path = tmp_path / "model.safetensors"
     save_safetensors(path, DiT(config).state_dict(), config, SETTINGS)
     data = count(str(path), tmp_path / "a.npz")
@@ -350,8 +330,8 @@ def test_merging_two_runs_adds_their_counts(ckpt: str, tmp_path: Path):
     arguments = ["--merge", *map(str, parts), "--out", str(out)]
     with pytest.raises(UserError, match=r"exists; choose another name or delete it"):
         clash = [*arguments[:-1], str(parts[0])]
-        expert_data.main(expert_data.build_parser().parse_args(clash))
-    expert_data.main(expert_data.build_parser().parse_args(arguments))
+        run_main(expert_data, *clash)
+    run_main(expert_data, *arguments)
     one, two, both = (RoutingData.load(path) for path in (*parts, out))
     assert both.images_done == 24
     for name in ADDED:
@@ -386,7 +366,7 @@ def test_wrong_flags_are_named(ckpt: str, tmp_path: Path, flags: list[str], mess
 
 
 def test_a_dense_model_is_refused(tmp_path: Path):
-    config = DiTConfig(**{**TINY.to_dict(), "num_experts": 0})
+    config = dataclasses.replace(TINY_DIGITS, num_experts=0)
     path = tmp_path / "dense.safetensors"
     save_safetensors(path, DiT(config).state_dict(), config, SETTINGS)
     with pytest.raises(UserError, match="dense model: it has no experts to count"):
@@ -496,7 +476,7 @@ def test_a_file_of_version_1_is_read_and_continued(ckpt: str, data: RoutingData,
 
 
 def test_more_experts_than_a_byte_counts_are_traced() -> None:
-    config = DiTConfig(**{**TINY.to_dict(), "num_experts": 300, "depth": 1})
+    config = dataclasses.replace(TINY_DIGITS, num_experts=300, depth=1)
     torch.manual_seed(0)
     model = DiT(config).eval()
     recorder = RoutingRecorder(model, num_steps=1, num_traced=40)
@@ -536,7 +516,7 @@ def image_folder(root: Path, names: str) -> Path:
 @pytest.fixture
 def letters(tmp_path: Path) -> str:
     """Write a model of RGB pixels whose classes are a, b, c and one that has no name."""
-    config = DiTConfig(**{**TINY.to_dict(), "in_channels": 3, "num_classes": 4})
+    config = dataclasses.replace(TINY_DIGITS, in_channels=3, num_classes=4)
     torch.manual_seed(0)
     settings = {"objective": "rf", "vae_path": "none", "class_names": ["a", "b", "c"]}
     path = tmp_path / "letters.safetensors"
@@ -548,7 +528,7 @@ def route(ckpt: str, out: Path, *flags: str) -> RoutingData:
     """Run expert_data.py without the flags of `command`."""
     steps = ("--num-sampling-steps", "2", "--dtype", "fp32")
     arguments = ["--ckpt", ckpt, "--out", str(out), *steps, *flags]
-    expert_data.main(expert_data.build_parser().parse_args(arguments))
+    run_main(expert_data, *arguments)
     return RoutingData.load(out)
 
 
@@ -582,7 +562,7 @@ def test_classes_of_a_folder_are_found_by_name_not_by_place(letters: str, tmp_pa
 
 
 def test_classes_without_names_must_be_as_many(tmp_path: Path) -> None:
-    config = DiTConfig(**{**TINY.to_dict(), "in_channels": 3})
+    config = dataclasses.replace(TINY_DIGITS, in_channels=3)
     path = tmp_path / "published.safetensors"
     save_safetensors(path, DiT(config).state_dict(), config, {"vae_path": "none"})
     flags = ("--real", "--data-path", str(image_folder(tmp_path / "images", "ab")), "--rf")
@@ -663,10 +643,8 @@ def test_absurd_flags_are_refused_before_any_work(
 
 
 def test_the_script_says_a_mistake_in_one_line(ckpt: str, tmp_path: Path) -> None:
-    arguments = ["expert_data.py", "--ckpt", str(tmp_path / "no\x1b[2Jwhere")]
-    result = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=REPO)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert "no such file" in result.stderr and "\x1b" not in result.stderr
+    line = refusal("expert_data.py", "--ckpt", tmp_path / "no\x1b[2Jwhere")
+    assert "no such file" in line and "\x1b" not in line
 
 
 # ------------------------------------------------------------------------------ measures

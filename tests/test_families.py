@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import randomize
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -57,13 +58,6 @@ def config_of(family: str, **overrides: Any) -> DiTConfig:
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def randomize(module: Any, std: float = 0.1) -> Any:
-    torch.manual_seed(0)
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=std)
-    return module
 
 
 def tiny_inputs(num_images: int = 4) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from helpers import run_main
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
@@ -82,8 +83,7 @@ def synthetic(
 
 def draw(script: ModuleType, data: Path, out: Path, *flags: str) -> None:
     """Run a figure script in this process."""
-    arguments = ["--data", str(data), "--out", str(out), *flags]
-    script.main(script.build_parser().parse_args(arguments))
+    run_main(script, "--data", data, "--out", out, *flags)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Layouts convert into each other without a loss; a pipeline folder draws what sample.py does."""
 
 import argparse
+import dataclasses
 import functools
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import helpers
 import huggingface_hub
 import pytest
 import torch
@@ -27,19 +29,12 @@ from models import DiT, DiT_models, DiTConfig
 from weights import load_model, load_settings, open_weights
 
 GOLDEN = Path(__file__).parent / "golden"
-TINY = DiTConfig(
-    input_size=8, in_channels=1, hidden_size=32, depth=2, num_heads=2, num_classes=3,
-    num_experts=4, qk_norm=True, patch_size=2,
-)  # fmt: skip
+TINY = dataclasses.replace(helpers.TINY, in_channels=1)
 SETTINGS = {"objective": "rf", "vae_path": "none", "class_names": ["a", "b", "c"]}
 
 
 def random_model(config: DiTConfig = TINY) -> DiT:
-    torch.manual_seed(0)
-    model = DiT(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model
+    return helpers.random_model(config, frozen=True)
 
 
 def same(found: Any, expected: Any) -> None:
@@ -48,7 +43,7 @@ def same(found: Any, expected: Any) -> None:
 
 def run(*arguments: object) -> None:
     """Run `python convert.py ARGUMENTS` in this process."""
-    convert.main(convert.build_parser().parse_args([str(a) for a in arguments]))
+    helpers.run_main(convert, *arguments)
 
 
 def saved(folder: Path) -> Path:
@@ -395,7 +390,7 @@ def draw_by_sample(source: Path, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     monkeypatch.setattr(sample, "save_grid", lambda images, *_, **__: grids.append(images))
     flags = ["--dtype", "float32", "--num-sampling-steps", "3", "--cfg-scale", "2", "--seed", "7"]
     labels = ["--labels", "0", "1", "2", "a", "--num-per-class", "1"]
-    sample.main(sample.build_parser().parse_args(["--ckpt", str(source), *flags, *labels]))
+    helpers.run_main(sample, "--ckpt", source, *flags, *labels)
     return grids[0]
 
 

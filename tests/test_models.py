@@ -7,9 +7,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+import helpers
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import randomize
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -34,22 +36,12 @@ from moe_ops import grouped_linear
 from weights import load_model
 
 GOLDEN = Path(__file__).parent / "golden"
-TINY = DiTConfig(
-    input_size=8, hidden_size=32, depth=2, num_heads=2, num_classes=10, num_experts=4, qk_norm=True
-)
+TINY = dataclasses.replace(helpers.TINY, num_classes=10)
 WITHOUT_QK_NORM = dataclasses.replace(TINY, qk_norm=False)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def randomize(module: Any, std: float = 0.1) -> Any:
-    """Replace every parameter by noise: at the published start adaLN-Zero hides most of them."""
-    torch.manual_seed(0)
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=std)
-    return module
 
 
 def tiny_model(config: DiTConfig = TINY) -> DiT:

@@ -1,8 +1,10 @@
 """Models that are quantized or streamed sample as the whole model does; half precision is safe."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
+import helpers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,22 +23,11 @@ from models import FAMILIES, DiT, DiTConfig
 from sampling.offload import Int8Experts, load_for_sampling
 from weights import load_model, open_weights
 
-TINY = DiTConfig(
-    input_size=8, hidden_size=64, depth=3, num_heads=2, num_classes=3, num_experts=4, qk_norm=True
-)
+TINY = dataclasses.replace(helpers.TINY, hidden_size=64, depth=3)
 
 
 def random_model(config: DiTConfig = TINY, std: float = 0.1) -> DiT:
-    torch.manual_seed(0)
-    model = DiT(config).eval()
-    for name, parameter in model.named_parameters():
-        if name != "pos_embed":
-            nn.init.normal_(parameter, std=std)
-    return model
-
-
-def moe(model: DiT, block: int = 0) -> Any:
-    return model.get_submodule(f"blocks.{block}.moe")
+    return helpers.random_model(config, std)
 
 
 def draw(model: nn.Module, num_steps: int = 3, **options: Any) -> Tensor:
@@ -90,10 +81,10 @@ def test_int8_experts_are_near_bfloat16_and_a_quarter_of_float32(
     expected = draw(load_model(path, dtype=torch.float32))
     exact = load_for_sampling(path, dtype=torch.float32, quantize="int8")
     half = load_for_sampling(path, dtype=torch.bfloat16, quantize="int8")
-    assert isinstance(moe(exact, 2).experts, Int8Experts)
+    assert isinstance(helpers.moe_of(exact, 2).experts, Int8Experts)
     assert relative_error(draw(exact), expected) < 0.02
     assert relative_error(draw(half), draw(load_model(path, dtype=torch.bfloat16))) < 0.03
-    stored: Any = moe(exact).experts.up[3].weight.qdata
+    stored: Any = helpers.moe_of(exact).experts.up[3].weight.qdata
     assert stored.dtype == torch.int8
 
 
@@ -136,7 +127,7 @@ def test_sample_draws_from_a_sharded_folder(
     path = save(random_model(config), tmp_path, "folder")
     assert len(list(path.glob("*.safetensors"))) > 2
     given = ["--ckpt", str(path), "--out", str(tmp_path / "grid.png"), "--vae-path", "none"]
-    sample.main(sample.build_parser().parse_args([*given, *flags, "--num-sampling-steps", "2"]))
+    helpers.run_main(sample, *given, *flags, "--num-sampling-steps", "2")
     assert (tmp_path / "grid.png").stat().st_size > 100
 
 

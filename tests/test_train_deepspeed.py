@@ -18,7 +18,8 @@ import psutil
 import pytest
 import torch
 from deepspeed_worker import CASES, engine_file
-from launch import REPO, TINY_RUN, Process, descendants, free_port, save_tiny_vae, torchrun
+from helpers import save_tiny_vae
+from launch import REPO, TINY_RUN, Process, descendants, free_port, torchrun
 from PIL import Image
 from torch.testing import assert_close
 

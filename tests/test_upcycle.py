@@ -2,15 +2,13 @@
 
 import dataclasses
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
-from launch import REPO
+from helpers import TINY, moe_of, random_model, refusal, run_main
 from torch import Tensor
 
 import upcycle
@@ -23,22 +21,6 @@ from train_utils import build_model, initial_weights, prepare
 from weights import load_model, load_settings, open_weights
 
 GOLDEN = Path(__file__).parent / "golden"
-TINY = DiTConfig(
-    input_size=8, hidden_size=32, depth=2, num_heads=2, num_classes=3, num_experts=4, qk_norm=True
-)
-
-
-def random_model(config: DiTConfig, seed: int = 0) -> DiT:
-    torch.manual_seed(seed)
-    model = DiT(config).eval()
-    for name, parameter in model.named_parameters():
-        if name != "pos_embed":
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model
-
-
-def moe(model: DiT, block: int = 0) -> Any:
-    return model.get_submodule(f"blocks.{block}.moe")
 
 
 def inputs(config: DiTConfig) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,7 +67,7 @@ def test_the_golden_dense_network_keeps_its_output(
     flags = ("--num-experts", str(num_experts), "--num-experts-per-tok", str(active))
     differences = run(source, out, *flags, config=config)
     model = load_model(out)
-    assert isinstance(moe(model).experts, GeluExperts)
+    assert isinstance(moe_of(model).experts, GeluExperts)
     with torch.no_grad():
         found = model(data["x"], data["t"], data["y"])
     torch.testing.assert_close(found, data["outputs"]["forward"], rtol=0, atol=1e-5)
@@ -151,7 +133,7 @@ def test_copied_experts_of_a_moe_serve_a_side_each_and_nearly_keep_the_output(
     assert result.config.num_experts_per_tok == 2 and not result.config.norm_topk_prob
     assert 1e-4 < max(differences) < 0.1  # tokens near the border between two copies
     x = torch.randn(400, 32)
-    chosen = moe(result).router(x[None]).expert_indices
+    chosen = moe_of(result).router(x[None]).expert_indices
     assert len(set(chosen.flatten().tolist())) == 8
 
 
@@ -160,7 +142,7 @@ def test_noise_changes_the_output_and_says_by_how_much(tmp_path: Path) -> None:
     path = save(source, tmp_path / "dense.safetensors")
     differences = run(path, tmp_path / "noisy", "--noise", "0.1", "--num-experts-per-tok", "2")
     assert 0.01 < max(differences) < 0.2
-    experts = moe(load_model(tmp_path / "noisy")).experts.down_proj
+    experts = moe_of(load_model(tmp_path / "noisy")).experts.down_proj
     changed = (experts[0] != source.state_dict()["blocks.0.mlp.down_proj.weight"]).float().mean()
     assert 0.45 < changed.item() < 0.55  # --noise-share
 
@@ -184,13 +166,13 @@ def test_all_experts_of_the_upcycled_golden_network_train_apart(
         loss.backward()
         optimizer.step()
         for i, seen in enumerate(touched):
-            seen |= moe(model, i).experts.up_proj.grad.flatten(1).norm(dim=1) > 0
+            seen |= moe_of(model, i).experts.up_proj.grad.flatten(1).norm(dim=1) > 0
     for i, seen in enumerate(touched):
         assert seen.all()
-        weights = moe(model, i).experts.up_proj.flatten(1)
+        weights = moe_of(model, i).experts.up_proj.flatten(1)
         apart = torch.cdist(weights, weights) + torch.eye(8)
         assert apart.min() > 1e-3
-        assert moe(model, i).shared_experts.fc2.weight.abs().max() > 0
+        assert moe_of(model, i).shared_experts.fc2.weight.abs().max() > 0
 
 
 def test_the_result_starts_a_training_run_whose_flags_do_not_tell_its_mlps(tmp_path: Path) -> None:
@@ -224,8 +206,8 @@ def test_the_name_of_the_size_is_enough_for_a_published_file_without_a_config(
     torch.save(dict(to_published(model.state_dict(), flash_attention=flash_attention)), path)
     flags = ["--ckpt", str(path), "--out", str(tmp_path / "moe")]
     with pytest.raises((SystemExit, ValueError), match=r"num_heads can't be told .*give --model"):
-        upcycle.main(upcycle.build_parser().parse_args(flags))
-    upcycle.main(upcycle.build_parser().parse_args([*flags, "--model", "DiT-Ti/2"]))
+        run_main(upcycle, *flags)
+    run_main(upcycle, *flags, "--model", "DiT-Ti/2")
     assert load_model(tmp_path / "moe").config.num_heads == 4
     flags = ["--data-path", "digits", "--init-from", str(path), "--model", "DiT-Ti/2"]
     job = prepare(training_parser(None).parse_args(flags), meta=True)
@@ -320,7 +302,7 @@ def test_weights_that_are_no_numbers_are_not_copied(
 ) -> None:
     source = random_model(TINY)
     with torch.no_grad():
-        moe(source, 1).experts.down_proj[3, 2, 1] = value
+        moe_of(source, 1).experts.down_proj[3, 2, 1] = value
     path = save(source, tmp_path / "moe4.safetensors")
     with pytest.raises(UserError, match=message):
         run(path, tmp_path / "out", *flags)
@@ -356,10 +338,7 @@ def test_the_command_says_in_one_line_what_is_wrong(tmp_path: Path) -> None:
         (("--out", str(tmp_path / "out"), "--router-scale", "inf"), "inf is not in"),
         (("--out", str(tmp_path / "out"), "--seed", "99999999999999999999"), "--seed"),
     ):
-        command = [sys.executable, "upcycle.py", "--ckpt", str(path), *arguments]
-        result = subprocess.run(command, capture_output=True, text=True, cwd=REPO)
-        assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
-        assert said in result.stderr
+        assert said in refusal("upcycle.py", "--ckpt", path, *arguments)
     assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "out").exists()
 
 
@@ -368,7 +347,10 @@ def test_parts_lie_where_the_formula_says(tmp_path: Path) -> None:
     source = random_model(TINY)
     path = save(source, tmp_path / "moe4.safetensors")
     run(path, tmp_path / "out", "--num-experts", "16", "--granularity", "2")
-    old, new = moe(source).experts.down_proj, moe(load_model(tmp_path / "out")).experts.down_proj
+    old, new = (
+        moe_of(source).experts.down_proj,
+        moe_of(load_model(tmp_path / "out")).experts.down_proj,
+    )
     C, G, F = 2, 2, old.shape[2] // 2
     for e in range(4):
         for c in range(C):
