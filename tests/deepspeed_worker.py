@@ -248,9 +248,7 @@ def missing_names() -> list[str]:
         "_hp_mapping": [getattr(p, "_hp_mapping", None) for p in parts[:1]],
         "optimizer of stage 3": [cut.optimizer],
         "parameter of stage 3": [next(cut.module.parameters())],
-        "DynamicLossScaler": [
-            zero.DynamicLossScaler(consecutive_hysteresis=False, **zero.LOSS_SCALE)
-        ],
+        "DynamicLossScaler": [zero.DynamicLossScaler(**zero.LOSS_SCALE)],
     }
     return [
         f"{owner}: {name}"
