@@ -4,8 +4,9 @@ Counted is what stays from step to step, and the largest gather. Not counted: ac
 buckets of the engine's configuration, and a step's scratch.
 
 Bytes of one of P parameters on N ranks, in any precision, since half formats are autocast:
-    weights 4, gradients 4, EMA 4, optimizer 8 (Adam's two moments) and under ZeRO 4 more (the
-    engine's own copy of the weights); stage 2 divides all but the weights by N, stage 3 all.
+    weights 4, gradients 4, EMA 4, optimizer 8 (Adam's two moments), and 4 more for the engine's own
+    copy of the weights at stage 2 and with offload; stage 2 divides all but the weights by N,
+    stage 3 all.
 """
 
 from collections.abc import Sequence
@@ -49,7 +50,7 @@ def rank_memory(
         stage: ZeRO 0, 2 or 3; 0 is what train.py needs too.
         num_ranks: N.
         offload: stage 3 with optimizer and weights in host memory: all but the gather is there,
-            and the gradients twice, as accumulated and as the optimizer reads them.
+            the weights twice, and the gradients, as accumulated and as the optimizer reads them.
         persistent: stage 3 keeps parameters of at most so many elements whole.
     """
     sizes = [p.numel() for p in model.parameters()]
@@ -64,8 +65,8 @@ def rank_memory(
     weights = sum(-(-size // num_ranks) for size in sizes)
     whole = sum(size for size in sizes if size <= persistent)
     own = [sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()]
-    gradients = (8 if offload else 4) * part
-    return Memory(4 * (weights + whole), gradients, 12 * part, 4 * part, 4 * max(own))
+    gradients, optimizer = (8 * part, 12 * part) if offload else (4 * part, 8 * part)
+    return Memory(4 * (weights + whole), gradients, optimizer, 4 * part, 4 * max(own))
 
 
 def memory_table(model: nn.Module, ranks: Sequence[int]) -> str:

@@ -42,7 +42,8 @@ PRIVATE_NAMES = {
     "parameter of stages 1 and 2": ("_hp_mapping",),
     "_hp_mapping": ("param_group_index", "hp_fragment_address", "lp_fragment_address"),
     "optimizer of stage 3": (
-        *("fp16_groups", "fp32_partitioned_groups_flat", "persistent_parameters"),
+        *("fp16_groups", "fp16_partitioned_groups_flat", "fp32_partitioned_groups_flat"),
+        *("persistent_parameters", "offload_optimizer"),
         *("_partition_all_parameters", "_reassign_or_swap_out_partitioned_parameters"),
     ),
     "parameter of stage 3": ("partition_numel", "ds_numel", "all_gather"),
@@ -357,7 +358,12 @@ class CutEngine(Engine):
                 if numel:
                     places[names[parameter]] = Place(shard, offset, start, numel)
                 offset += size
-        return self._zero.fp32_partitioned_groups_flat, places
+        flat: list[Tensor] = self._zero.fp32_partitioned_groups_flat
+        if not self._zero.offload_optimizer:
+            # The engine updates a copy of what is float32 already. It means to update the weights
+            # themselves, but compares a device with a string: 4 of 24 bytes a parameter.
+            flat[:] = [cut.requires_grad_() for cut in self._zero.fp16_partitioned_groups_flat]
+        return flat, places
 
     @contextmanager
     def _whole(self, parameter: nn.Parameter) -> Iterator[None]:

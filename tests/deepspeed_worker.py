@@ -44,6 +44,7 @@ def engine_file(case: str, folder: Path) -> str:
         config["zero_optimization"]["reduce_bucket_size"] = 1_000_000
         if "3" in case:
             config["zero_optimization"]["stage3_param_persistence_threshold"] = PERSISTENT
+            config["zero_optimization"]["sub_group_size"] = 100_000  # several flat tensors a rank
     path = folder / f"{case}.{os.environ.get('RANK', 0)}.json"  # a rank its own: no torn reads
     path.write_text(json.dumps(config))
     return str(path)

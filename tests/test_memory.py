@@ -20,11 +20,13 @@ def test_stage_3_divides_all_but_the_gather(giant: DiT) -> None:
     assert many.gather == one.gather
 
 
-def test_one_rank_needs_24_bytes_a_parameter_under_zero_and_20_without(giant: DiT) -> None:
+def test_one_rank_needs_24_bytes_a_parameter_at_stage_2_and_20_without_zero(giant: DiT) -> None:
     count = sum(p.numel() for p in giant.parameters())
     zero, ddp = rank_memory(giant, 2, 1), rank_memory(giant, 0, 1)
     assert zero.total == pytest.approx(24 * count, rel=1e-3)
     assert ddp.total == pytest.approx(20 * count, rel=1e-3)
+    cut = rank_memory(giant, 3, 8, persistent=0)
+    assert cut.total - cut.gather == pytest.approx(20 * count / 8, rel=1e-3)
 
 
 def test_the_largest_gather_is_the_experts_of_one_layer(giant: DiT) -> None:
