@@ -13,14 +13,21 @@ with the config; nothing is overwritten.
 import argparse
 from pathlib import Path
 
-from checkpoint import ACCEPTED
+from checkpoint.hub import (
+    check_new,
+    our_blocks,
+    save_file,
+    save_folder,
+    save_pipeline,
+    save_published,
+)
+from checkpoint.layouts import check_told, known_fields
+from checkpoint.state import ACCEPTED
+from checkpoint.weights import Weights, find_vae_path, open_weights, verify_weights
 from common.errors import UserError, one_line_errors
 from common.flags import FlagParser, dtype_flag, flag, model_size, number
 from common.process import DTYPES
-from hub import check_new, our_blocks, save_file, save_folder, save_pipeline, save_published
-from layouts import check_told, known_fields
 from models import DiT_models
-from weights import Weights, find_vae_path, open_weights, verify_weights
 
 
 def build_parser() -> FlagParser:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import checkpoint_hash, resolve_checkpoint
+from checkpoint.state import checkpoint_hash, resolve_checkpoint
 from common import process
 from common.errors import UserError, one_line_errors
 from common.files import atomic_write, make_writable

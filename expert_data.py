@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import checkpoint_hash, latest_checkpoint
+from checkpoint.state import checkpoint_hash, latest_checkpoint
 from common import process
 from common.errors import FileError, UserError, blamed_on, one_line_errors, printable
 from common.files import make_writable

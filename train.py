@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from checkpoint import (
+from checkpoint.state import (
     check_shapes,
     checkpoint_path,
     commit_checkpoint,
@@ -26,10 +26,9 @@ from checkpoint import (
 )
 from common import process
 from common.errors import blamed_on, one_line_errors
-from reporter import draw_grid
-from resume import check_resumable, restore_rng
-from train_flags import build_parser
-from train_loop import (
+from training.flags import build_parser
+from training.job import Ema, Job, compile_blocks
+from training.loop import (
     Batch,
     all_finite,
     launch,
@@ -39,7 +38,8 @@ from train_loop import (
     require_loss_scale,
     set_learning_rate,
 )
-from train_utils import Ema, Job, compile_blocks
+from training.reporter import draw_grid
+from training.resume import check_resumable, restore_rng
 
 
 @contextmanager

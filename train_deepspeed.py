@@ -18,15 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import zero
-from checkpoint import check_shapes
-from common import process
-from common.errors import FileError, UserError, one_line_errors
-from common.flags import FlagParser, number
-from memory import memory_table
-from reporter import draw_grid
-from resume import check_resumable, restore_rng
-from sharded import (
+from checkpoint.sharded import (
     ShardedCheckpoint,
     commit,
     latest_sharded,
@@ -34,8 +26,14 @@ from sharded import (
     write_share,
     write_state,
 )
-from train_flags import build_parser
-from train_loop import (
+from checkpoint.state import check_shapes
+from common import process
+from common.errors import FileError, UserError, one_line_errors
+from common.flags import FlagParser, number
+from training import zero
+from training.flags import build_parser
+from training.job import Job, compile_blocks, describe, initial_weights
+from training.loop import (
     Batch,
     all_finite,
     launch,
@@ -45,8 +43,10 @@ from train_loop import (
     require_loss_scale,
     set_learning_rate,
 )
-from train_utils import Job, compile_blocks, describe, initial_weights
-from zero_config import engine_config, read_config, resolve_precision
+from training.memory import memory_table
+from training.reporter import draw_grid
+from training.resume import check_resumable, restore_rng
+from training.zero_config import engine_config, read_config, resolve_precision
 
 
 class DeepSpeedTrainer:

@@ -35,14 +35,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from checkpoint.hub import check_new, save_folder
+from checkpoint.layouts import block_index, by_block, known_fields
+from checkpoint.weights import Weights, add_pos_embed, open_weights, page_out, place
 from common import process
 from common.errors import FileError, UserError, blamed_on, one_line_errors, printable
 from common.flags import FlagGroup, FlagParser, dtype_flag, flag, model_size, number, seed
 from common.process import DTYPES
-from hub import check_new, save_folder
-from layouts import block_index, by_block, known_fields
 from models import DiT_models, DiTBlock, DiTConfig
-from weights import Weights, add_pos_embed, open_weights, page_out, place
 
 OTHER_MIXTURES = (
     *("affinity", "selection", "unconditional_expert", "balance"),

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from checkpoint.weights import Weights, build_model, empty_model, open_weights, place, read_blocks
 from common.errors import UserError
 from common.quiet import silence_torchao
 from models import DiT
 from moe_ops import sort_by_expert, sum_rows
-from weights import Weights, build_model, empty_model, open_weights, place, read_blocks
 
 Block = tuple[int, dict[str, Tensor]]  # its number, and its tensors without `blocks.i.`
 

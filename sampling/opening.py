@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+from checkpoint.layouts import check_told, known_fields
+from checkpoint.weights import find_objective, find_vae_path, open_weights
 from common import process
 from common.errors import UserError
 from common.flags import FlagGroup, FlagParser, dtype_flag, flag, model_size, number
 from data import VAE, Pixels, load_vae
 from diffusion import Diffusion, create_diffusion
-from layouts import check_told, known_fields
 from models import DiT, DiT_models, DiTConfig
 from sampling.offload import build_for_sampling, check_options
-from weights import find_objective, find_vae_path, open_weights
 
 TOLD = ("model", "num_classes", "num_experts", "num_experts_per_tok", "image_size")
 

@@ -16,7 +16,7 @@ write() { # write a model of a registered size: NAME SIZE DTYPE FIELDS
   measured python - "$folder/$1" "$2" "$3" "$4" <<'PYTHON'
 import json, sys
 import torch
-from hub import save_folder
+from checkpoint.hub import save_folder
 from models import DiT_models
 
 folder, size, dtype, fields = sys.argv[1:]

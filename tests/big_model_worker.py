@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from launch import REPO
 
-import zero
 from train_deepspeed import DeepSpeedTrainer, build_deepspeed_parser
-from train_loop import latent_batches
-from train_utils import prepare
+from training import zero
+from training.job import prepare
+from training.loop import latent_batches
 
 
 def peak() -> float:

@@ -18,17 +18,17 @@ from launch import REPO
 from torch import Tensor, nn
 from train_worker import FLAGS, NUM_UPDATES, State, global_batch, micro_batches
 
-import zero
-from checkpoint import latest_checkpoint, save_safetensors
+from checkpoint.state import latest_checkpoint, save_safetensors
 from common import process
-from memory import rank_memory
 from models import Routing
 from routing import LoadCounter
 from train import DdpTrainer
 from train_deepspeed import DeepSpeedTrainer, build_deepspeed_parser
-from train_flags import build_parser
-from train_utils import build_model, initial_weights, prepare
-from zero_config import zero_stage
+from training import zero
+from training.flags import build_parser
+from training.job import build_model, initial_weights, prepare
+from training.memory import rank_memory
+from training.zero_config import zero_stage
 
 CASES = ("stage 0", "stage 2", "stage 3", "stage 3 + offload")
 FILES = {"stage 2": "zero2", "stage 3": "zero3", "stage 3 + offload": "zero3_offload"}

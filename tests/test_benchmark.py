@@ -5,12 +5,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import benchmark
 import pytest
 import torch
-from torch import Tensor, nn
-
-import benchmark
-from common.errors import FileError
 from measures import (
     Bench,
     Entry,
@@ -20,6 +17,9 @@ from measures import (
     linear_layers,
     saved_bytes,
 )
+from torch import Tensor, nn
+
+from common.errors import FileError
 from models import DiT, DiT_models, DiTConfig, MoE
 
 CONFIG = DiTConfig(hidden_size=16, depth=1, num_heads=2, num_experts=4, input_size=8)

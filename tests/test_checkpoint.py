@@ -14,7 +14,8 @@ from helpers import random_model
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoint import (
+from checkpoint.layouts import to_published
+from checkpoint.state import (
     check_shapes,
     checkpoint_path,
     commit_checkpoint,
@@ -23,11 +24,10 @@ from checkpoint import (
     save_checkpoint,
     save_safetensors,
 )
+from checkpoint.weights import load_model, load_settings
 from common.errors import FileError
 from common.files import atomic_write
-from layouts import to_published
 from models import DiT, DiTConfig
-from weights import load_model, load_settings
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = DiTConfig(

@@ -15,15 +15,15 @@ from helpers import save_image_folder, save_tiny_vae
 from launch import REPO, TINY_RUN, Process, torchrun
 from PIL import Image
 
-from checkpoint import checkpoint_path, load_checkpoint
+from checkpoint.state import checkpoint_path, load_checkpoint
+from checkpoint.weights import load_model
 from common.errors import UserError
 from common.flags import FlagParser, in_groups
 from common.quiet import silence
 from models import DiT_models
 from train_deepspeed import build_deepspeed_parser
-from train_flags import build_parser
-from train_utils import prepare
-from weights import load_model
+from training.flags import build_parser
+from training.job import prepare
 
 SCRIPTS = sorted(path.name for path in REPO.glob("*.py") if "__main__" in path.read_text())
 NUM_CLASSES, IMAGES_PER_CLASS = 3, 2
@@ -239,7 +239,7 @@ def test_what_libraries_say_at_start_up_and_means_nothing_is_not_printed(
     program = """
 import sys
 from data import load_dataset, load_vae, make_loader
-import zero
+from training import zero
 load_vae(sys.argv[1], device="cpu")
 data = load_dataset(sys.argv[2], image_size=8)
 options = dict(rank=0, world_size=1, seed=0, num_workers=300)

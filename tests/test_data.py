@@ -19,8 +19,8 @@ from common.errors import UserError
 from common.network import why_unreachable
 from data import TrainBatches, autoencoders, datasets, load_dataset, load_vae, make_loader
 from train import DdpTrainer
-from train_flags import build_parser
-from train_loop import launch
+from training.flags import build_parser
+from training.loop import launch
 
 NOT_INSTALLED = not datasets.FASHION_MNIST_ROOT.is_dir()
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from checkpoint.layouts import to_ours
+from checkpoint.weights import load_model
 from diffusion import TrainingLoss, create_diffusion
 from diffusion.gaussian_diffusion import GaussianDiffusion, discretized_gaussian_nll, gaussian_kl
-from layouts import to_ours
 from models import DiTConfig
-from weights import load_model
 
 GOLDEN = Path(__file__).parent / "golden"
 SHAPE = (2, 4, 3, 3)

@@ -22,8 +22,8 @@ from data import VAE, load_dataset, load_vae, make_loader
 from data.latent_cache import CachedLatents, open_data
 from data.latent_index import cache_index
 from train import DdpTrainer
-from train_flags import build_parser
-from train_loop import launch
+from training.flags import build_parser
+from training.loop import launch
 
 NUM_CLASSES, PER_CLASS, SIZE = 2, 5, 32
 

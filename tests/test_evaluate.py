@@ -13,7 +13,7 @@ from launch import Process, torchrun
 from PIL import Image
 
 import evaluate
-from checkpoint import (
+from checkpoint.state import (
     checkpoint_hash,
     checkpoint_path,
     commit_checkpoint,

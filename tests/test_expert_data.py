@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import expert_data
 import expert_report
 import heatmap_layer
-from checkpoint import save_safetensors
+from checkpoint.state import save_safetensors
 from common.errors import FileError, UserError
 from expert_data import print_summary
 from models import DiT, DiTConfig, Routing, TopKRouter

@@ -12,7 +12,7 @@ from helpers import randomize
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from layouts_families import family_to_ours
+from checkpoint.families import family_to_ours
 from models import (
     DiT,
     DiT_models,

@@ -20,13 +20,13 @@ from torch import Tensor
 
 import convert
 import sample
-from checkpoint import checkpoint_path, save_checkpoint, save_safetensors
+from checkpoint.layouts import to_ours, to_published
+from checkpoint.state import checkpoint_path, save_checkpoint, save_safetensors
+from checkpoint.weights import load_model, load_settings, open_weights
 from common.errors import FileError, UserError
 from common.files import DamagedFileError, verify_file
 from common.process import DTYPES
-from layouts import to_ours, to_published
 from models import DiT, DiT_models, DiTConfig
-from weights import load_model, load_settings, open_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = dataclasses.replace(helpers.TINY, in_channels=1)
@@ -321,7 +321,7 @@ def test_what_our_weights_tell_survives_the_hub_in_several_files(
 def test_from_pretrained_reads_a_sharded_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hub.SHARD_BYTES", 30_000)
+    monkeypatch.setattr("checkpoint.hub.SHARD_BYTES", 30_000)
     run(saved(tmp_path), tmp_path / "folder")
     assert (tmp_path / "folder" / "model.safetensors.index.json").is_file()
     loaded = DiT.from_pretrained(tmp_path / "folder")

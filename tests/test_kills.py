@@ -20,8 +20,8 @@ from deepspeed_worker import engine_file
 from launch import TINY_RUN, Process, descendants, torchrun
 from torch.testing import assert_close
 
-import run_folder
-from checkpoint import load_checkpoint, verify_checkpoint
+from checkpoint import run_folder
+from checkpoint.state import load_checkpoint, verify_checkpoint
 
 KILLS = int(os.environ.get("KILLS", 20))
 Command = Callable[..., list[str]]  # run folder's parent, then flags

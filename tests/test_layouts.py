@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from layouts import infer_config, to_ours, to_published
+from checkpoint.layouts import infer_config, to_ours, to_published
 from models import DiT, DiT_models, DiTConfig
 
 TINY = DiTConfig(

@@ -9,13 +9,13 @@ import torch
 from test_families import FAMILIES, GOLDEN, GOLDEN_FIELDS, config_of, golden_model, randomize
 from torch import Tensor
 
+from checkpoint.families import has_family, to_family
+from checkpoint.hub import our_blocks, save_file, save_folder, save_published
+from checkpoint.layouts import known_fields, to_ours
+from checkpoint.weights import load_model, open_weights
 from common.errors import UserError
 from diffusion import create_diffusion
-from hub import our_blocks, save_file, save_folder, save_published
-from layouts import known_fields, to_ours
-from layouts_families import has_family, to_family
 from models import DiT, DiT_models
-from weights import load_model, open_weights
 
 goldens = pytest.mark.parametrize("name", GOLDEN_FIELDS)
 
@@ -115,8 +115,9 @@ def test_registered_sizes_are_read_from_the_shapes_of_their_published_files(
         config = DiT_models[name]().config
         small = dataclasses.replace(config, depth=2)
         state = dict(to_family(DiT(small).state_dict()))
-    monkeypatch.setattr("weights.load_torch", lambda _: {"ema_model_state_dict": state})
-    monkeypatch.setattr("weights._is_state_dict", lambda content: isinstance(content, dict))
+    monkeypatch.setattr("checkpoint.weights.load_torch", lambda _: {"ema_model_state_dict": state})
+    is_dict = lambda content: isinstance(content, dict)  # noqa: E731
+    monkeypatch.setattr("checkpoint.weights._is_state_dict", is_dict)
     monkeypatch.setattr("torch.allclose", lambda *_: True)  # the decay has no value on meta
     found = open_weights(tmp_path / "x.pt", known=known_fields(name)).config
     assert has_family(found) and found == small

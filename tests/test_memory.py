@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from memory import GIB, memory_table, rank_memory
 from models import DiT, DiT_models
+from training.memory import GIB, memory_table, rank_memory
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from helpers import randomize
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from checkpoint.weights import load_model
 from models import (
     PATCH_SIZES,
     Attention,
@@ -33,7 +34,6 @@ from models import (
     timestep_embedding,
 )
 from moe_ops import grouped_linear
-from weights import load_model
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = dataclasses.replace(helpers.TINY, num_classes=10)

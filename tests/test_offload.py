@@ -15,13 +15,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import models
 import moe_ops
 import sample
-from checkpoint import save_safetensors
+from checkpoint.hub import save_folder, save_published
+from checkpoint.layouts import by_block, to_published
+from checkpoint.state import save_safetensors
+from checkpoint.weights import load_model, open_weights
 from diffusion import create_diffusion
-from hub import save_folder, save_published
-from layouts import by_block, to_published
 from models import FAMILIES, DiT, DiTConfig
 from sampling.offload import Int8Experts, load_for_sampling
-from weights import load_model, open_weights
 
 TINY = dataclasses.replace(helpers.TINY, hidden_size=64, depth=3)
 
@@ -122,7 +122,7 @@ def test_sample_draws_from_a_sharded_folder(
 ) -> None:
     if "int8" in flags:
         pytest.importorskip("torchao")
-    monkeypatch.setattr("hub.SHARD_BYTES", 100_000)
+    monkeypatch.setattr("checkpoint.hub.SHARD_BYTES", 100_000)
     config = DiTConfig.from_dict({**TINY.to_dict(), "in_channels": 1})
     path = save(random_model(config), tmp_path, "folder")
     assert len(list(path.glob("*.safetensors"))) > 2

@@ -11,15 +11,15 @@ import torch
 from launch import TINY_RUN
 from PIL import Image
 
-from checkpoint import checkpoint_path, load_checkpoint
+from checkpoint.state import checkpoint_path, load_checkpoint
 from common import process
 from common.errors import FileError, UserError
-from resume import check_resumable, find_resume
 from train import DdpTrainer
-from train_flags import build_parser
-from train_loop import launch
-from train_settings import TrainSettings
-from train_utils import Job, prepare
+from training.flags import build_parser
+from training.job import Job, prepare
+from training.loop import launch
+from training.resume import check_resumable, find_resume
+from training.settings import TrainSettings
 
 CLASSES = ("bird", "cat", "dog")
 
@@ -84,7 +84,7 @@ def test_checkpoints_that_cannot_be_read_never_start_a_run_anew(
 def test_a_resume_file_that_is_not_there_is_refused_before_the_data_are_opened(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("train_utils.open_data", lambda *_, **__: pytest.fail("opened"))
+    monkeypatch.setattr("training.job.open_data", lambda *_, **__: pytest.fail("opened"))
     with pytest.raises(FileError, match=r"--resume nowhere\.pt: no such file"):
         job_of("--resume", "nowhere.pt", "--results-dir", str(tmp_path))
 

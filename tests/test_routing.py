@@ -20,8 +20,8 @@ from routing import (
     tokens_per_expert,
 )
 from train import DdpTrainer
-from train_flags import build_parser
-from train_loop import launch
+from training.flags import build_parser
+from training.loop import launch
 
 TINY = DiTConfig(
     input_size=4,

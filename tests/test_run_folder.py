@@ -11,8 +11,8 @@ import pytest
 from test_checkpoint import GOLDEN, save_tiny, tiny_model
 from torch.testing import assert_close
 
-import run_folder
-from checkpoint import (
+from checkpoint import run_folder
+from checkpoint.state import (
     checkpoint_hash,
     checkpoint_path,
     checkpoint_to_resume,
@@ -22,9 +22,9 @@ from checkpoint import (
     resolve_checkpoint,
     verify_checkpoint,
 )
+from checkpoint.weights import load_model
 from common.errors import FileError
 from common.files import DamagedFileError
-from weights import load_model
 
 
 def save(run: Path, *steps: int, keep_last: int = 0, resumed: str | None = None) -> list[Path]:

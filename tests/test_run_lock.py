@@ -12,10 +12,10 @@ import pytest
 from launch import REPO
 from test_checkpoint import save_tiny
 
-import run_lock
-from checkpoint import checkpoint_path, commit_checkpoint
+from checkpoint import run_lock
+from checkpoint.run_lock import check_not_taken, lock_path, lock_run
+from checkpoint.state import checkpoint_path, commit_checkpoint
 from common.errors import FileError, UserError
-from run_lock import check_not_taken, lock_path, lock_run
 
 HOLDER = (
     "import sys, time, run_lock\n"

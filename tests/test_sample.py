@@ -11,10 +11,10 @@ import torch
 from helpers import TINY, random_model, refusal, save_tiny_vae
 from PIL import Image
 
-from checkpoint import checkpoint_path, save_checkpoint, save_safetensors
+from checkpoint.described import save_description
+from checkpoint.layouts import to_published
+from checkpoint.state import checkpoint_path, save_checkpoint, save_safetensors
 from common.errors import FileError
-from described import save_description
-from layouts import to_published
 from models import DiT, DiT_models, DiTConfig
 from sample import arrange, build_parser, columns_per_class, default_out, main
 

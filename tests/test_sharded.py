@@ -10,12 +10,19 @@ import pytest
 import torch
 from test_checkpoint import GOLDEN, SETTINGS, TINY, tiny_model
 
-import sharded
-from checkpoint import checkpoint_to_resume, latest_checkpoint, verify_checkpoint
+from checkpoint import sharded
+from checkpoint.sharded import (
+    Fragment,
+    ShardedCheckpoint,
+    commit,
+    partial_folder,
+    write_share,
+    write_state,
+)
+from checkpoint.state import checkpoint_to_resume, latest_checkpoint, verify_checkpoint
+from checkpoint.weights import load_model
 from common.errors import FileError
 from common.files import DamagedFileError, seal
-from sharded import Fragment, ShardedCheckpoint, commit, partial_folder, write_share, write_state
-from weights import load_model
 
 
 def save(run: Path, step: int, seed: int = 0, **options: Any) -> Path:

@@ -16,7 +16,7 @@ from deepspeed_worker import engine_file
 from launch import REPO, TINY_RUN, Process, descendants, torchrun
 from torch.testing import assert_close
 
-from checkpoint import checkpoint_path, latest_checkpoint, load_checkpoint
+from checkpoint.state import checkpoint_path, latest_checkpoint, load_checkpoint
 from common import process, stopping
 from common.stopping import StopRequest
 

@@ -28,12 +28,12 @@ from train_worker import (
     train_on_disjoint_experts,
 )
 
-import train_loop
-from checkpoint import checkpoint_path, latest_checkpoint, load_checkpoint
+from checkpoint.state import checkpoint_path, latest_checkpoint, load_checkpoint
 from common.errors import UserError
 from train import DdpTrainer
-from train_flags import build_parser
-from train_loop import launch
+from training import loop as train_loop
+from training.flags import build_parser
+from training.loop import launch
 
 CKPT_EVERY, MAX_STEPS = 4, 40
 STOPPABLE_RUN = (*TINY_RUN, "--ckpt-every", str(CKPT_EVERY), "--log-every", "1")
@@ -468,7 +468,7 @@ def test_a_full_disk_at_a_grid_or_a_curve_does_not_end_the_run(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("reporter.save_grid", full)
+    monkeypatch.setattr("training.reporter.save_grid", full)
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
     run = train(tmp_path, *GRID_RUN, "--log-every", "1")
     assert "no grid of step 2: [Errno 28] No space left" in caplog.text

@@ -25,17 +25,17 @@ from torch.testing import assert_close
 
 import convert
 import upcycle
-import zero_config
-from checkpoint import latest_checkpoint, load_checkpoint, save_safetensors
+from checkpoint.sharded import ShardedCheckpoint
+from checkpoint.state import latest_checkpoint, load_checkpoint, save_safetensors
+from checkpoint.weights import load_model
 from common.errors import FileError, UserError
 from common.files import DamagedFileError
-from memory import GIB
 from models import DiT_models
-from reporter import draw_grid
-from sharded import ShardedCheckpoint
-from train_flags import build_parser
-from train_utils import prepare
-from weights import load_model
+from training import zero_config
+from training.flags import build_parser
+from training.job import prepare
+from training.memory import GIB
+from training.reporter import draw_grid
 
 CKPT_EVERY, MAX_STEPS = 3, 9
 RUN = (*TINY_RUN, "--ckpt-every", str(CKPT_EVERY), "--log-every", "1")

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from launch import TINY_RUN
 
-from train_flags import build_parser
-from train_settings import default_run_name, split_batch
-from train_utils import Job, prepare
+from training.flags import build_parser
+from training.job import Job, prepare
+from training.settings import default_run_name, split_batch
 
 
 def parse(*flags: str) -> argparse.Namespace:

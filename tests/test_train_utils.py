@@ -13,17 +13,17 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.testing import assert_close
 
-from checkpoint import checkpoint_path, save_safetensors
+from checkpoint.state import checkpoint_path, save_safetensors
+from checkpoint.weights import load_model
 from common.errors import UserError
 from models import DiT_models
-from reporter import Reporter, draw_grid, load_scalars
 from routing import LoadCounter
 from train import DdpTrainer
-from train_flags import build_parser
-from train_loop import launch, learning_rate
-from train_settings import TrainSettings
-from train_utils import Ema, Job, build_model, describe, initial_weights, prepare
-from weights import load_model
+from training.flags import build_parser
+from training.job import Ema, Job, build_model, describe, initial_weights, prepare
+from training.loop import launch, learning_rate
+from training.reporter import Reporter, draw_grid, load_scalars
+from training.settings import TrainSettings
 
 DEPTH, NUM_EXPERTS = 4, 4  # of TINY_RUN
 

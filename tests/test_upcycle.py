@@ -12,13 +12,13 @@ from helpers import TINY, moe_of, random_model, refusal, run_main
 from torch import Tensor
 
 import upcycle
-from checkpoint import save_safetensors
+from checkpoint.layouts import to_published
+from checkpoint.state import save_safetensors
+from checkpoint.weights import load_model, load_settings, open_weights
 from common.errors import FileError, UserError
-from layouts import to_published
 from models import DiT, DiTConfig, GeluExperts
-from train_flags import build_parser as training_parser
-from train_utils import build_model, initial_weights, prepare
-from weights import load_model, load_settings, open_weights
+from training.flags import build_parser as training_parser
+from training.job import build_model, initial_weights, prepare
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -219,7 +219,7 @@ def test_the_name_of_the_size_is_enough_for_a_published_file_without_a_config(
 def test_weights_are_split_into_files_with_an_index_and_cast(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hub.SHARD_BYTES", 40_000)
+    monkeypatch.setattr("checkpoint.hub.SHARD_BYTES", 40_000)
     source = random_model(TINY)
     path = save(source, tmp_path / "moe4.safetensors")
     run(path, tmp_path / "moe", "--dtype", "bfloat16", "--num-experts", "4")
@@ -242,7 +242,7 @@ def test_it_refuses_to_overwrite_and_an_interruption_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = save(random_model(TINY), tmp_path / "moe4.safetensors")
-    monkeypatch.setattr("hub.SHARD_BYTES", 1)
+    monkeypatch.setattr("checkpoint.hub.SHARD_BYTES", 1)
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt

@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoint import save_checkpoint, save_safetensors
+from checkpoint.described import description_path, save_description
+from checkpoint.hub import save_folder
+from checkpoint.layouts import by_block, known_fields, to_published
+from checkpoint.state import save_checkpoint, save_safetensors
+from checkpoint.weights import SafetensorsWeights, load_model, load_settings, open_weights, page_out
 from common.errors import FileError, UserError
 from common.process import check_memory
-from described import description_path, save_description
-from hub import save_folder
-from layouts import by_block, known_fields, to_published
 from models import DiT, DiTConfig
-from weights import SafetensorsWeights, load_model, load_settings, open_weights, page_out
 
 MEGABYTE = 1_000_000
 TINY = DiTConfig(

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from common import process
 from routing import LoadCounter
 from train import DdpTrainer
-from train_flags import build_parser
-from train_utils import prepare
+from training.flags import build_parser
+from training.job import prepare
 
 NUM_UPDATES = 5
 FLAGS = [

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from checkpoint.weights import find_objective, load_settings
 from diffusion import create_diffusion
 from sampling.offload import load_for_sampling
-from weights import find_objective, load_settings
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 

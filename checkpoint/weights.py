@@ -21,7 +21,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from checkpoint import (
+from checkpoint.described import (
+    check_fields,
+    parse_json,
+    read_config,
+    read_description,
+    read_json,
+    read_settings,
+)
+from checkpoint.families import FAMILY_SETTINGS, family_fields, is_family, published_fields
+from checkpoint.layouts import StateDict, block_index, by_block, infer_config, to_ours
+from checkpoint.sharded import ShardedCheckpoint
+from checkpoint.state import (
     ACCEPTED,
     describe,
     is_checkpoint,
@@ -32,18 +43,7 @@ from checkpoint import (
 from common.errors import FileError, UserError, blamed_on
 from common.files import verify_file
 from common.process import check_memory
-from described import (
-    check_fields,
-    parse_json,
-    read_config,
-    read_description,
-    read_json,
-    read_settings,
-)
-from layouts import StateDict, block_index, by_block, infer_config, to_ours
-from layouts_families import FAMILY_SETTINGS, family_fields, is_family, published_fields
 from models import DiT, DiTConfig, sincos_pos_embed
-from sharded import ShardedCheckpoint
 
 MADV_PAGEOUT = 21  # Linux
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"  # of published files, which name none

@@ -1,7 +1,7 @@
 """The checkpoints of a run: which there are, in which order, and what a new one puts aside.
 
-    RUN_DIR/checkpoints/0001000.pt    of train.py, see checkpoint.py
-    RUN_DIR/checkpoints/0001000/      of train_deepspeed.py, see sharded.py
+    RUN_DIR/checkpoints/0001000.pt    of train.py, see checkpoint/state.py
+    RUN_DIR/checkpoints/0001000/      of train_deepspeed.py, see checkpoint/sharded.py
     RUN_DIR/checkpoints/latest        names in the order of writing, the last one first
 
 A run that goes back to an older checkpoint starts another course: `latest` then names the new
@@ -9,7 +9,7 @@ checkpoint and what led to it. Those of the abandoned course stay until others n
 A name that has another ending, `0001000.HEX.partial` or `.HEX.damaged`, is no checkpoint.
 
 1. `list_checkpoints`: the order.  2. `commit`: a new one, and pruning.  3. `set_aside`.
-Only the process that holds the run's lock (run_lock.py) may write here.
+Only the process that holds the run's lock (checkpoint/run_lock.py) may write here.
 """
 
 import logging
@@ -19,9 +19,9 @@ import shutil
 import uuid
 from pathlib import Path
 
+from checkpoint.run_lock import check_not_taken
 from common.errors import FileError
 from common.files import atomic_write
-from run_lock import check_not_taken
 
 CHECKPOINT = re.compile(r"([0-9]{1,18})(\.pt)?", re.ASCII)
 # What killed writers leave, of this version and of those that used one name for all.

@@ -1,8 +1,8 @@
 """What both trainers need before the first step: the job that the settings describe, and the EMA.
 
 In the order a run uses them: `prepare` (flags to a `Job`: data, objective, model),
-`initial_weights`, `describe`, `Ema`. The flags are in train_settings.py, going on with a run in
-resume.py, the steps in train_loop.py.
+`initial_weights`, `describe`, `Ema`. The flags are in training/settings.py, going on with a run in
+training/resume.py, the steps in training/loop.py.
 """
 
 import argparse
@@ -16,16 +16,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from checkpoint.layouts import known_fields, to_ours
+from checkpoint.weights import Weights, open_weights
 from common import process
 from common.errors import UserError, blamed_on
 from common.process import Runtime
 from data import VAE, ImageDataset, Pixels
 from data.latent_cache import open_data
 from diffusion import Diffusion, create_diffusion
-from layouts import known_fields, to_ours
 from models import DiT, DiT_models, DiTConfig, initialize_parameter
-from train_settings import TrainSettings, check_flags, resolve
-from weights import Weights, open_weights
+from training.settings import TrainSettings, check_flags, resolve
 
 
 class Job(NamedTuple):

@@ -27,7 +27,7 @@ from common.errors import UserError
 from common.files import atomic_write
 from common.pictures import save_grid
 from routing import LoadCounter, dead_experts, load_entropy, max_violation
-from train_utils import Job, describe
+from training.job import Job, describe
 
 GRID_COLUMNS, GRID_ROWS = 10, 6
 SHOWN = ("train/loss", "train/aux_loss", "train/grad_norm", "system/images_per_second")

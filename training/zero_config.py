@@ -14,7 +14,7 @@ from torch import nn
 from common import process
 from common.errors import FileError, UserError
 from models import Experts, GeluExperts
-from train_settings import TrainSettings
+from training.settings import TrainSettings
 
 NUM_STAGES = 4
 # What the flags own, by its name in a DeepSpeed file.

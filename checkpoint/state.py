@@ -27,7 +27,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-import run_folder
+from checkpoint import run_folder
+from checkpoint.layouts import StateDict
+from checkpoint.run_lock import check_not_taken
+from checkpoint.sharded import ShardedCheckpoint
 from common.errors import FileError
 from common.files import (
     UNSEALED,
@@ -38,10 +41,7 @@ from common.files import (
     seal,
     verify_file,
 )
-from layouts import StateDict
 from models import DiTConfig
-from run_lock import check_not_taken
-from sharded import ShardedCheckpoint
 
 FORMAT, VERSION = "dit-moe", 1
 CHECKPOINT_KEYS = (

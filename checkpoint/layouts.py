@@ -1,11 +1,11 @@
 """Names and shapes of DiT weights: published layouts to ours and back, and the config they imply.
 
-Pure functions of state dicts; no file is read here (see weights.py). In this order:
+Pure functions of state dicts; no file is read here (see checkpoint/weights.py). In this order:
 
 1. `clean_names`: what wrappers (DDP, torch.compile) put in front of names.
 2. `to_ours`: the published layouts to ours: DiT-MoE with `qkv/proj` (S, B) or `Wqkv/out_proj`
    (XL, G) and one tensor per expert, dense DiT, diffusers' DiTTransformer2DModel, and those of
-   later families (see layouts_families.py).
+   later families (see checkpoint/families.py).
 3. `by_block`: any layout to ours, one block at a time, for models that do not fit in memory.
 4. `to_published`: ours to the published DiT-MoE layouts.
 5. `infer_config`: the DiTConfig from the shapes of our tensors, and what flags tell.
@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from checkpoint.families import family_to_ours, is_family
 from common.errors import UserError
-from layouts_families import family_to_ours, is_family
 from models import DiT_models, DiTConfig
 
 StateDict = Mapping[str, Tensor]

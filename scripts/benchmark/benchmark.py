@@ -1,7 +1,8 @@
 """Measure time and memory of a layer, a training step and a sampling step, on whatever is here.
 
-    python benchmark.py --threads 2 --out docs/benchmark.json
-    python benchmark.py --models DiT-Ti/4 --batch-size 2 --repeats 1 --parts layer,step
+    python scripts/benchmark/benchmark.py --threads 2 --out docs/benchmark.json
+    python scripts/benchmark/benchmark.py --models DiT-Ti/4 --batch-size 2 --repeats 1 \\
+        --parts layer,step
 
 Contestants take turns in one process: ours, the naive loop over experts that the published code
 has (`NaiveMoE`, the same weights), and a dense model of equal FLOPs. Every repeat has new tokens,
@@ -20,6 +21,7 @@ import json
 import multiprocessing
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -31,11 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import process
-from common.errors import one_line_errors
-from common.files import atomic_write, make_writable
-from common.flags import FlagParser, number
-from diffusion import create_diffusion
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from measures import (
     PASSES,
     Bench,
@@ -51,8 +49,14 @@ from measures import (
     peak_bytes,
     saved_bytes,
 )
+
+from common import process
+from common.errors import one_line_errors
+from common.files import atomic_write, make_writable
+from common.flags import FlagParser, number
+from diffusion import create_diffusion
 from models import DiT, DiT_models, DiTConfig, MoE, Routing, SwiGLU, compute_dtype
-from train_utils import Ema
+from training.job import Ema
 
 EXPERTS, EXPERTS_PER_TOK, TOKEN_SHARES = (4, 8, 16, 32, 64), (1, 2, 4), (16, 8, 4, 2, 1)
 

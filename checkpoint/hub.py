@@ -21,14 +21,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from checkpoint.described import description_path, save_description
+from checkpoint.families import has_family, mixture_difference, to_family
+from checkpoint.layouts import to_published
+from checkpoint.weights import Weights, empty_model, find_objective, place, read_blocks
 from common.errors import FileError, UserError
 from common.files import UNSEALED, atomic_write, check_folder, seal
 from data import VAE, load_vae
-from described import description_path, save_description
-from layouts import to_published
-from layouts_families import has_family, mixture_difference, to_family
 from models import DiTConfig
-from weights import Weights, empty_model, find_objective, place, read_blocks
 
 SAFETENSORS_TYPES = {
     torch.float64: "F64",
@@ -37,7 +37,8 @@ SAFETENSORS_TYPES = {
     torch.float16: "F16",
 }
 SHARD_BYTES = 2**28  # a block that is larger gets its own file
-ROOT = Path(__file__).parent
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parent
 PIPELINE_CODE = ("models.py", "moe_ops", "diffusion")  # what a pipeline folder carries along
 PIPELINE_PACKAGE = "dit_moe"
 PIPELINE_REQUIREMENTS = {"torch", "diffusers", "huggingface_hub", "safetensors"}
@@ -306,8 +307,8 @@ def save_pipeline(
         transformer = folder / "transformer"
         save_folder(transformer, our_blocks(weights, dtype), config, settings)
         _copy_code(transformer / PIPELINE_PACKAGE)
-        shutil.copy(ROOT / "diffusers_pipeline" / "modeling.py", transformer)
-        shutil.copy(ROOT / "diffusers_pipeline" / "pipeline.py", folder)
+        shutil.copy(FOLDER / "diffusers_pipeline" / "modeling.py", transformer)
+        shutil.copy(FOLDER / "diffusers_pipeline" / "pipeline.py", folder)
         if isinstance(vae, VAE):
             vae.model.save_pretrained(folder / "vae")
         model_index = {

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint import (
+from checkpoint.described import read_config, read_settings
+from checkpoint.state import (
     checkpoint_to_resume,
     latest_checkpoint,
     resolve_checkpoint,
     verify_checkpoint,
 )
+from checkpoint.weights import load_settings
 from common import process
 from common.errors import FileError, UserError
-from described import read_config, read_settings
-from train_settings import WARN_IF_CHANGED, TrainSettings
-from train_utils import Job
-from weights import load_settings
+from training.job import Job
+from training.settings import WARN_IF_CHANGED, TrainSettings
 
 
 def find_resume(settings: TrainSettings) -> Path | None:

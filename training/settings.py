@@ -18,7 +18,7 @@ from common.errors import FileError, UserError
 from common.process import Runtime
 from data import FolderImages, ImageDataset
 from data.latent_cache import CachedLatents
-from train_flags import build_parser
+from training.flags import build_parser
 
 # Flags that a run may change on its way, but then it is not the run that it would have been.
 WARN_IF_CHANGED = (

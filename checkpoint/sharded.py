@@ -28,11 +28,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-import run_folder
+from checkpoint import run_folder
+from checkpoint.run_lock import check_not_taken
 from common import process
 from common.errors import FileError
 from common.files import UNSEALED, DamagedFileError, seal, verify_file
-from run_lock import check_not_taken
 
 FORMAT, VERSION = "dit-moe-sharded", 1
 DTYPES = {torch.float32: "F32", torch.uint8: "U8"}

@@ -2,7 +2,7 @@
 
 In order: `join` (the process group), `build_engine` (a meta model to an engine whose weights are
 still to be filled in), and `Engine`, one class a ZeRO stage: how it makes a step, and where it
-keeps this rank's part of which parameter. The settings are made in zero_config.py.
+keeps this rank's part of which parameter. The settings are made in training/zero_config.py.
 
 Weights are float32 at every stage and half precision is autocast, as in train.py: router, position
 table, embeddings and norms are never rounded. Stage 3 sends the weights of matmuls, and their
@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from checkpoint.sharded import Fragment
 from common import process
 from common.process import Runtime
 from common.quiet import silence_accelerator
 from models import DiT
-from sharded import Fragment
-from train_settings import TrainSettings
-from zero_config import zero_stage
+from training.settings import TrainSettings
+from training.zero_config import zero_stage
 
 silence_accelerator()
 import deepspeed  # noqa: E402

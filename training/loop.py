@@ -15,14 +15,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from checkpoint.run_lock import lock_run
 from common import process
 from common.stopping import StopRequest
 from data import make_loader
-from reporter import DivergedError, Reporter, grid_path, run_log
-from resume import find_resume
-from run_lock import lock_run
-from train_settings import TrainSettings
-from train_utils import Job, describe, prepare
+from training.job import Job, describe, prepare
+from training.reporter import DivergedError, Reporter, grid_path, run_log
+from training.resume import find_resume
+from training.settings import TrainSettings
 
 Batch = tuple[Tensor, Tensor, dict[str, Any]]  # latents, labels, more arguments of training_loss
 
