@@ -9,5 +9,7 @@ fi
 ruff format --check .
 ruff check .
 mypy
+mypy --disallow-untyped-defs --cache-dir .mypy_cache/typed *.py common data diffusion moe_ops \
+  checkpoint routing sampling evaluation training scripts
 for script in scripts/*.sh scripts/*/*.sh .ci/run; do bash -n "$script"; done
 OMP_NUM_THREADS=1 python -m pytest "$@"

@@ -1,4 +1,4 @@
-"""The flags that both trainers share, as `--help` groups them; training/settings.py settles them."""
+"""The flags that both trainers share, as `--help` groups them; settings.py settles them."""
 
 from common.flags import (
     FlagGroup,
