@@ -148,13 +148,13 @@ def test_a_run_killed_many_times_ends_with_the_bits_of_an_undisturbed_one(
 def test_of_two_different_commands_in_one_folder_one_trains_and_nothing_mixes(
     command: Command, rounds: int, tmp_path: Path
 ) -> None:
-    flags = ("--max-steps", "6", "--ckpt-every", "1", "--log-every", "1", "--keep-last", "0")
+    flags = ("--max-steps", "60", "--ckpt-every", "10", "--log-every", "1", "--keep-last", "0")
     expected: dict[int, dict[int, Any]] = {}
     for seed in (0, 1):
         folder = tmp_path / f"alone{seed}"
         folder.mkdir()
         Process(command(folder, *flags, "--seed", str(seed)), folder / "log.txt").wait()
-        found = run_folder.list_checkpoints(folder / "run")
+        found = run_folder.list_checkpoints(folder / "run")[::-1]
         expected[seed] = {run_folder.step_of(path): contents(path) for path in found}
     for round_number in range(rounds):
         folder = tmp_path / str(round_number)
@@ -163,15 +163,19 @@ def test_of_two_different_commands_in_one_folder_one_trains_and_nothing_mixes(
             Process(command(folder, *flags, "--seed", str(seed)), folder / f"{seed}.txt")
             for seed in (0, 1)
         ]
-        codes = [process.popen.wait(180) for process in both]
+        codes = [process.popen.wait(300) for process in both]
         said = [process.log.read_text() for process in both]
-        winner = codes.index(0)
-        assert f"run is trained by process {both[winner].popen.pid}" in said[1 - winner] or (
-            command is train_deepspeed_py and "run is trained by process" in said[1 - winner]
-        ), said[1 - winner][-2000:]
-        assert "Traceback" not in said[1 - winner].split("torch.distributed")[0]
         found = run_folder.list_checkpoints(folder / "run")
-        assert sorted(map(run_folder.step_of, found)) == [1, 2, 3, 4, 5, 6]
+        assert sorted(map(run_folder.step_of, found)) == list(expected[0])
+        winner = 0 if same(contents(found[-1]), expected[0][run_folder.step_of(found[-1])]) else 1
         for path in found:
-            assert same(contents(path), expected[winner][run_folder.step_of(path)])
-        print(f"round {round_number + 1} of {rounds}: seed {winner} trained", flush=True)
+            assert same(contents(path), expected[winner][run_folder.step_of(path)]), path
+        assert codes[winner] == 0
+        refused = "run is trained by process" in said[1 - winner]
+        late = codes[1 - winner] == 0 and "resumed" in said[1 - winner]  # when all was done
+        assert refused or late, said[1 - winner][-3000:]
+        print(
+            f"round {round_number + 1} of {rounds}: seed {winner} trained, the other was "
+            f"{'refused' if refused else 'late'}",
+            flush=True,
+        )
