@@ -163,7 +163,7 @@ def test_of_two_different_commands_in_one_folder_one_trains_and_nothing_mixes(
             Process(command(folder, *flags, "--seed", str(seed)), folder / f"{seed}.txt")
             for seed in (0, 1)
         ]
-        codes = [process.popen.wait(300) for process in both]
+        codes = [process.popen.wait(900) for process in both]
         said = [process.log.read_text() for process in both]
         found = run_folder.list_checkpoints(folder / "run")
         assert sorted(map(run_folder.step_of, found)) == list(expected[0])
