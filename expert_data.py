@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint.state import checkpoint_hash, latest_checkpoint
+from checkpoint.state import checkpoint_hash, resolve_checkpoint
 from common import process
 from common.errors import FileError, UserError, blamed_on, one_line_errors, printable
 from common.files import make_writable
@@ -361,9 +361,7 @@ def find_checkpoint(ckpt: str) -> dict[str, str]:
 
     A live run may write another meanwhile: what is hashed is what is loaded, on every rank.
     """
-    path = Path(ckpt)
-    if path.is_dir():
-        path = latest_checkpoint(path) or path
+    path = resolve_checkpoint(ckpt)
     if not path.exists():
         raise FileError(f"--ckpt: no such file: {path}")
     return {"path": ckpt, "file": str(path), "sha256": checkpoint_hash(path)}

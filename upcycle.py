@@ -44,10 +44,8 @@ from common.flags import FlagGroup, FlagParser, dtype_flag, flag, model_size, nu
 from common.process import DTYPES
 from models import DiT_models, DiTBlock, DiTConfig
 
-OTHER_MIXTURES = (
-    *("affinity", "selection", "unconditional_expert", "balance"),
-    *("moe_blocks", "first_k_dense_replace"),
-)
+MIXTURE = ("affinity", "selection", "balance", "unconditional_expert")
+BLOCKS = ("moe_blocks", "first_k_dense_replace")
 
 
 def build_parser() -> FlagParser:
@@ -143,7 +141,7 @@ def plan_config(args: argparse.Namespace, source: DiTConfig) -> DiTConfig:
 
 def plan_mixture(args: argparse.Namespace, source: DiTConfig) -> Plan:
     """Return what becomes of a MoE, which keeps all but the number of its experts."""
-    for name in OTHER_MIXTURES:
+    for name in (*MIXTURE, *BLOCKS):
         if (found := getattr(source, name)) != getattr(DiTConfig(), name):
             raise UserError(f"--ckpt {args.ckpt} has {name} {found}: only DiT-MoE is upcycled")
     active = source.num_experts_per_tok * args.granularity

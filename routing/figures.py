@@ -97,7 +97,7 @@ def check_out(path: str | Path) -> None:
     path = Path(path)
     if path.suffix not in FORMATS:
         raise FileError(f"--out {path}: expected .png, .svg or .pdf")
-    refuse_foreign(path, MAKER.encode())
+    refuse_foreign(path, MAKER.encode(), b"Matplotlib v")  # as of before MAKER
     make_writable(path.parent, "--out")
 
 

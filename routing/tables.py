@@ -330,18 +330,19 @@ def shown(name: str) -> str:
     return name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "…"
 
 
-def refuse_foreign(path: str | Path, marker: bytes) -> None:
+def refuse_foreign(path: str | Path, *markers: bytes) -> None:
     """Refuse to replace what is not ours.
 
     Args:
         path: of a file that is about to be written.
-        marker: bytes that every file has which our scripts write there.
+        markers: bytes of which every file has one that our scripts write, or wrote, there.
 
     Raises:
         FileError: there is something else, or no place for a file.
     """
     path = Path(path)
-    if path.is_file() and path.stat().st_size and marker not in path.read_bytes():
+    content = path.read_bytes() if path.is_file() else b""
+    if content and not any(marker in content for marker in markers):
         raise FileError(f"--out: {path} exists and is none of ours; choose another name or move it")
     if path.exists() and not path.is_file():
         raise FileError(f"--out {path} is not a file")

@@ -618,7 +618,7 @@ def test_what_is_loaded_is_what_is_hashed_while_the_run_goes_on(
 ) -> None:
     """A newer checkpoint appears right after the first look."""
     files = [Path(ckpt), tmp_path / "newer.safetensors"]
-    monkeypatch.setattr("expert_data.latest_checkpoint", lambda _: files.pop(0))
+    monkeypatch.setattr("expert_data.resolve_checkpoint", lambda _: files.pop(0))
     (tmp_path / "run").mkdir()
     found = count(str(tmp_path / "run"), tmp_path / "a.npz", "--max-batches", "1")
     named = found.meta["checkpoint"]

@@ -261,6 +261,13 @@ def test_only_what_the_scripts_wrote_is_replaced(
         draw(script, data, out / name)
 
 
+def test_a_figure_of_before_is_replaced(data: Path, tmp_path: Path) -> None:
+    figure = drawn(data)
+    for name in ("a.png", "a.svg", "a.pdf"):
+        figure.savefig(tmp_path / name)
+        draw(heatmap_layer, data, tmp_path / name)
+
+
 def test_a_figure_too_large_for_a_picture_names_the_flag(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--dpi 1000000: this figure would have"):
         save_figure(drawn(data), tmp_path / "a.png", 1_000_000)
