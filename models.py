@@ -1003,19 +1003,20 @@ class DiT(nn.Module, PyTorchModelHubMixin, library_name="dit-moe"):
             return prediction
         return prediction, {name: torch.stack(losses).sum() for name, losses in by_name.items()}
 
-    def update_router_state(self, discard: bool = False) -> None:
+    def update_router_state(self, discard: bool = False, bias_rate: float = 1e-3) -> None:
         """Move biases and thresholds by what the routers saw since the last call.
 
         To be called after each optimizer step, on every rank; nothing where there are none.
 
         Args:
             discard: only forget what they saw, for a step that was skipped.
+            bias_rate: the step of a bias, see `TopKRouter.update_state`.
         """
         for module in self.modules():
             if isinstance(module, TopKRouter):
                 if discard:
                     module.seen = {}
-                module.update_state()
+                module.update_state(bias_rate)
 
     def use_rank_statistics(self, enabled: bool = True) -> None:
         """Take balance statistics from each rank's own tokens, as published, or from all again."""

@@ -87,7 +87,7 @@ class DdpTrainer:
             batches: (latents (N, C, H, W), labels (N,), further arguments of `training_loss`).
 
         Returns:
-            loss, aux_loss (per layer, 1.0 = even) and grad_norm, each ().
+            loss, auxiliary losses (per layer, see `micro_loss`) and grad_norm, each ().
         """
         set_learning_rate(self.optimizer, learning_rate(self.settings, self.step))
         losses = []
@@ -103,7 +103,7 @@ class DdpTrainer:
             self.skipped += 1
             self.model.update_router_state(discard=True)
         else:
-            self.model.update_router_state()
+            self.model.update_router_state(bias_rate=self.settings.bias_update_rate)
             self.ema.update()
             self.step += 1
         return {**mean_losses(losses), "grad_norm": grad_norm}

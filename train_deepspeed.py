@@ -75,7 +75,7 @@ class DeepSpeedTrainer:
             batches: (latents (N, C, H, W), labels (N,), further arguments of `training_loss`).
 
         Returns:
-            loss, aux_loss (per layer, 1.0 = even) and grad_norm, each ().
+            loss, auxiliary losses (per layer, see `micro_loss`) and grad_norm, each ().
         """
         set_learning_rate(self.optimizer, learning_rate(self.settings, self.step))
         losses = []

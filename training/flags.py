@@ -10,7 +10,7 @@ from common.flags import (
     number,
     seed,
 )
-from models import DiT_models
+from models import BALANCE_TERMS, DiT_models
 
 
 def build_parser(docstring: str | None) -> FlagParser:
@@ -18,7 +18,10 @@ def build_parser(docstring: str | None) -> FlagParser:
     parser = FlagParser(docstring)
     _add_data_flags(parser.group("Data"))
     _add_model_flags(parser.group("Model"))
-    _add_moe_flags(parser.group("MoE"))
+    moe = parser.group("MoE")
+    _add_moe_flags(moe)
+    _add_router_flags(moe)
+    _add_balance_flags(moe)
     optimization = parser.group("Optimization")
     _add_batch_flags(optimization)
     _add_optimizer_flags(optimization)
@@ -101,6 +104,12 @@ def _add_model_flags(model: FlagGroup) -> None:
         help="Normalise queries and keys of the attention. Default: on for XL and G.",
     )
     model.add(
+        "--qk-norm-eps",
+        type=number(float, 1e-12, 1),
+        metavar="EPS",
+        help="Added to the variance in these norms. Default: 1e-6, in later families 1e-5.",
+    )
+    model.add(
         "--flash-attn",
         default=False,
         **flag,
@@ -140,11 +149,125 @@ def _add_moe_flags(moe: FlagGroup) -> None:
         help="Hidden width of a routed expert, in units of the model's width. Default: 4.",
     )
     moe.add(
+        "--mlp-type",
+        choices=("swiglu", "gelu"),
+        help="Form of all MLPs: gated without biases, or the dense DiT's. Default: swiglu, in "
+        "later families gelu.",
+    )
+    moe.add(
+        "--moe-blocks",
+        choices=("all", "every_second", "deep_half"),
+        help="Blocks that have experts; the others have one dense MLP. Default: all, in later "
+        "families every_second.",
+    )
+    moe.add(
+        "--first-k-dense-replace",
+        type=number(int, 0, 10_000),
+        metavar="N",
+        help="Number of blocks, from the first, that have a dense MLP instead. Default: 0.",
+    )
+    moe.add(
+        "--dense-mlp-ratio",
+        type=number(float, 0.01, 1024),
+        metavar="RATIO",
+        help="Hidden width of the MLP of blocks without experts, in units of the model's width. "
+        "Default: 4.",
+    )
+    moe.add(
+        "--unconditional-expert",
+        **flag,
+        help="Add an expert that alone serves the images without a label. Default: off, in ProMoE "
+        "on.",
+    )
+
+
+def _add_router_flags(moe: FlagGroup) -> None:
+    moe.add(
+        "--affinity",
+        choices=("softmax", "sigmoid", "cosine"),
+        help="How well a token suits an expert: of the logits, or by prototypes. Default: "
+        "softmax, in ProMoE cosine.",
+    )
+    moe.add(
+        "--selection",
+        choices=("token_choice", "expert_choice", "batch_choice"),
+        help="Who chooses: a token its experts, or an expert its tokens of an image or of the "
+        "batch. Default: token_choice, in later families their own.",
+    )
+    moe.add(
+        "--capacity",
+        type=number(float, 0, 4096),
+        metavar="K",
+        help="Where experts choose, the mean number of experts of a token. Default: "
+        "--num-experts-per-tok, as 0.",
+    )
+    moe.add(
+        "--exact-thresholds",
+        **flag,
+        help="Sample with the tokens above the thresholds of batch_choice, not with as many. "
+        "Default: off.",
+    )
+    moe.add(
+        "--norm-topk-prob",
+        **flag,
+        help="Scale the weights of a token's experts to sum to 1. Default: off.",
+    )
+    moe.add(
+        "--routed-scaling-factor",
+        type=number(float, 1e-6, 1e6),
+        metavar="FACTOR",
+        help="Factor of all routed experts' weights. Default: 1.",
+    )
+
+
+def _add_balance_flags(moe: FlagGroup) -> None:
+    moe.add(
+        "--balance",
+        nargs="+",
+        choices=(*BALANCE_TERMS, "none"),
+        help="What evens the load, one or several; bias moves with the load and has no loss. "
+        "Default: switch, in later families contrastive or none.",
+    )
+    moe.add(
         "--aux-loss-weight",
         type=number(float, 0),
         default=0.005,
         metavar="WEIGHT",
         help="Weight of each layer's load balancing loss beside the objective's loss.",
+    )
+    moe.add(
+        "--contrastive-loss-weight",
+        type=number(float, 0),
+        default=1.0,
+        metavar="WEIGHT",
+        help="Weight of each layer's routing contrastive loss.",
+    )
+    moe.add(
+        "--z-loss-weight",
+        type=number(float, 0),
+        default=0.001,
+        metavar="WEIGHT",
+        help="Weight of each layer's router z-loss.",
+    )
+    moe.add(
+        "--capacity-loss-weight",
+        type=number(float, 0),
+        default=0.01,
+        metavar="WEIGHT",
+        help="Weight of the loss of each layer's capacity predictor, which batch_choice has.",
+    )
+    moe.add(
+        "--bias-update-rate",
+        type=number(float, 0, 1000),
+        default=0.001,
+        metavar="RATE",
+        help="Step by which an optimizer step moves a router's bias against its expert's load.",
+    )
+    moe.add(
+        "--aux-loss-scope",
+        choices=("global", "rank"),
+        default="global",
+        help="Tokens whose statistics are balanced: of all ranks together, or of each by itself.",
     )
 
 
@@ -154,6 +277,13 @@ def _add_batch_flags(train: FlagGroup) -> None:
         default=False,
         **flag,
         help="Train with rectified flow, not with DDPM's noise prediction.",
+    )
+    train.add(
+        "--time-scale",
+        type=number(float, 1, 1000),
+        metavar="SCALE",
+        help="What rectified flow multiplies its time with for the model, 1 or, in later families, "
+        "1000. Default: that of --init-from, else 1.",
     )
     train.add(
         "--global-batch-size",

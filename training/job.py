@@ -25,7 +25,13 @@ from data import VAE, ImageDataset, Pixels
 from data.latent_cache import open_data
 from diffusion import Diffusion, create_diffusion
 from models import DiT, DiT_models, DiTConfig, initialize_parameter
-from training.settings import TrainSettings, check_flags, resolve
+from training.settings import NETWORK_FLAGS, TrainSettings, check_flags, resolve
+
+# Fields of a config that weights can be computed with otherwise than they were trained.
+COMPUTED = (
+    *("num_experts_per_tok", "capacity", "exact_thresholds", "norm_topk_prob"),
+    *("routed_scaling_factor", "balance", "qk_norm_eps"),
+)
 
 
 class Job(NamedTuple):
@@ -78,7 +84,10 @@ def prepare(args: argparse.Namespace, *, meta: bool = False, precision: str | No
             state[name].copy_(value)
     torch.manual_seed(settings.seed + 1 + rt.rank)  # other noise, times and label drops on each
     diffusion = create_diffusion(
-        settings.objective, learn_sigma=model.config.learn_sigma, x0_range=vae.x0_range
+        settings.objective,
+        learn_sigma=model.config.learn_sigma,
+        x0_range=vae.x0_range,
+        time_scale=settings.time_scale,
     )
     return Job(settings, rt, dataset, vae, diffusion, model, model.num_parameters())
 
@@ -86,19 +95,18 @@ def prepare(args: argparse.Namespace, *, meta: bool = False, precision: str | No
 def build_model(settings: TrainSettings, latent_channels: int, downsample: int) -> DiT:
     """Build the model that the flags describe, on the meta device: see `initial_weights`.
 
-    What flags leave open about the MLPs is as in the file of `--init-from`, if given.
+    What flags leave open about the mixtures is as in the file of `--init-from`, if given.
 
     Raises:
-        UserError: if a size does not fit, or the initial weights are of another model.
+        UserError: if a size or two choices do not fit, or the initial weights are of another model.
     """
     if settings.image_size % downsample:
         raise UserError(f"--image-size {settings.image_size} is not a multiple of {downsample}")
-    optional = ("num_experts", "num_experts_per_tok", "num_shared_experts", "mlp_ratio", "qk_norm")
-    overrides = {name: value for name in optional if (value := getattr(settings, name)) is not None}
+    values = {name: getattr(settings, name) for name in NETWORK_FLAGS}
+    overrides = {name: value for name, value in values.items() if value is not None}
     initial = open_initial(settings).config if settings.init_from else None
     if initial is not None:
-        fields = (*optional, "mlp_type", "norm_topk_prob")
-        overrides = {name: getattr(initial, name) for name in fields} | overrides
+        overrides = {name: getattr(initial, name) for name in NETWORK_FLAGS} | overrides
     with torch.device("meta"), blamed_on(f"--model {settings.model}"):
         model = DiT_models[settings.model](
             input_size=settings.image_size // downsample,
@@ -108,6 +116,7 @@ def build_model(settings: TrainSettings, latent_channels: int, downsample: int) 
             **overrides,
         )
     model.grad_checkpointing = settings.grad_checkpointing
+    model.use_rank_statistics(settings.aux_loss_scope == "rank")
     if settings.flash_attn:
         model.use_flash_attn()
     if initial is not None:
@@ -127,9 +136,9 @@ def check_same_shapes(settings: TrainSettings, config: DiTConfig, initial: DiTCo
     Raises:
         UserError: naming the first field that differs in more than what is computed.
     """
-    free = ("class_dropout_prob", "num_experts_per_tok")
+    free = {"class_dropout_prob", *COMPUTED}
     ours, given = config.to_dict(), initial.to_dict()
-    for name in sorted(set(ours) - set(free)):
+    for name in sorted(set(ours) - free):
         if ours[name] != given[name]:
             raise UserError(
                 f"--init-from {settings.init_from} has {name} {given[name]}, this run "
@@ -168,6 +177,8 @@ def initial_weights(
         return
     missing = set(shapes)
     for name, value in to_ours(open_initial(settings).state):
+        if name.endswith("expert_bias") and name not in shapes:
+            continue  # this run balances otherwise
         if shapes.get(name) != value.shape:
             wanted = tuple(shapes[name]) if name in shapes else "no such tensor"
             raise UserError(
@@ -176,11 +187,12 @@ def initial_weights(
             )
         missing.remove(name)
         yield name, value.float()
-    if "pos_embed" in missing:  # not saved by diffusers
-        value = torch.empty(shapes["pos_embed"])
-        initialize_parameter("pos_embed", value)
-        missing.remove("pos_embed")
-        yield "pos_embed", value
+    # Diffusers saves no table, and a run may balance by a bias that the file's did not have.
+    for name in sorted(n for n in missing if n == "pos_embed" or n.endswith("expert_bias")):
+        value = torch.empty(shapes[name])
+        initialize_parameter(name, value)
+        missing.remove(name)
+        yield name, value
     if missing:
         raise UserError(f"--init-from {settings.init_from} lacks {sorted(missing)[:5]}")
 

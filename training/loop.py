@@ -56,16 +56,22 @@ class Trainer(Protocol):
 # ------------------------------------------------------------------------------ one step
 
 
-# Weights of the model's auxiliary losses, the balance loss's own being --aux-loss-weight.
-AUX_LOSS_WEIGHTS = {"contrastive": 1.0, "z_loss": 1e-3, "capacity": 0.01}
+# The model's auxiliary losses as curves name them; with _weight after it, as settings do.
+AUX_LOSSES = {
+    "switch": "aux_loss",
+    "contrastive": "contrastive_loss",
+    "z_loss": "z_loss",
+    "capacity": "capacity_loss",
+}
 
 
 class MicroLoss(NamedTuple):
     """Losses of one micro-batch, each () fp32."""
 
     total: Tensor  # to differentiate: loss + the weighted auxiliary losses, summed over layers
-    loss: Tensor  # of the objective; this and the next are detached, to be logged
-    aux_loss: Tensor  # the balance loss per layer, 1.0 = even; 0 without one
+    # Detached, to be logged: "loss" of the objective and, by `AUX_LOSSES`, those that the model
+    # has, per layer and not weighted; aux_loss is 1.0 where the load is even.
+    parts: dict[str, Tensor]
 
 
 def micro_loss(job: Job, model: nn.Module, batch: Batch) -> MicroLoss:
@@ -74,20 +80,21 @@ def micro_loss(job: Job, model: nn.Module, batch: Batch) -> MicroLoss:
     dtype = process.DTYPES[job.settings.precision]
     with torch.autocast(job.rt.device.type, dtype, enabled=dtype != torch.float32):
         out = job.diffusion.training_loss(model, latents, labels, **given)
-    loss = out.per_sample.mean()
-    weights, total = {**AUX_LOSS_WEIGHTS, "switch": job.settings.aux_loss_weight}, loss
-    for name, aux_loss in out.aux_losses.items():
-        total = total + weights[name] * aux_loss
+    total = out.per_sample.mean()
+    parts = {"loss": total.detach()}
     config = job.model.config
     num_layers = sum(config.is_moe_block(index) for index in range(config.depth))
-    switch = out.aux_losses.get("switch", torch.zeros_like(loss))
-    return MicroLoss(total, loss.detach(), switch.detach() / max(num_layers, 1))
+    for kind, aux_loss in out.aux_losses.items():
+        name = AUX_LOSSES[kind]
+        total = total + getattr(job.settings, f"{name}_weight") * aux_loss
+        parts[name] = aux_loss.detach() / num_layers
+    return MicroLoss(total, parts)
 
 
 def mean_losses(losses: list[MicroLoss]) -> dict[str, Tensor]:
     """Average what a step logs over its micro-batches."""
-    names = ("loss", "aux_loss")
-    return {name: torch.stack([getattr(x, name) for x in losses]).mean() for name in names}
+    names = losses[0].parts
+    return {name: torch.stack([micro.parts[name] for micro in losses]).mean() for name in names}
 
 
 def learning_rate(settings: TrainSettings, step: int) -> float:

@@ -30,7 +30,10 @@ from routing import LoadCounter, dead_experts, load_entropy, max_violation
 from training.job import Job, describe
 
 GRID_COLUMNS, GRID_ROWS = 10, 6
-SHOWN = ("train/loss", "train/aux_loss", "train/grad_norm", "system/images_per_second")
+SHOWN = (
+    *("train/loss", "train/aux_loss", "train/contrastive_loss", "train/z_loss"),
+    *("train/capacity_loss", "train/grad_norm", "system/images_per_second"),
+)
 ATTEMPT = "attempt"  # first word of each attempt's first line in the log
 
 

@@ -3,8 +3,9 @@
 In the order a run uses them: `find_resume`, `check_resumable`, `restore_rng`.
 """
 
+import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,16 @@ def find_resume(settings: TrainSettings) -> Path | None:
 
 def _is_of_this_command(latest: Path, settings: TrainSettings) -> bool:
     """Tell whether a checkpoint was written by a run that began with these settings' `--resume`."""
-    before, now = load_settings(latest), settings.to_dict()
+    before, now = with_defaults(load_settings(latest)), settings.to_dict()
     same = ("resume", "objective", "model", *WARN_IF_CHANGED)
     return all(before.get(name) == now[name] for name in same)
+
+
+def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a checkpoint with what later versions added, as it was then."""
+    fields = dataclasses.fields(TrainSettings)
+    later = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+    return {**later, **settings}
 
 
 def check_resumable(job: Job, path: Path, config: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -80,7 +88,7 @@ def check_resumable(job: Job, path: Path, config: dict[str, Any], settings: dict
         UserError: naming what differs, if it is of another model, objective or data set, or what
             it holds is no settings.
     """
-    settings = read_plain_settings(settings, f"--resume: {path}")
+    settings = with_defaults(read_plain_settings(settings, f"--resume: {path}"))
     if difference := data_difference(settings, job.settings):
         text = f"{path} was trained on other data than --data-path {job.settings.data_path}: "
         if not job.settings.allow_new_data:
@@ -89,12 +97,15 @@ def check_resumable(job: Job, path: Path, config: dict[str, Any], settings: dict
                 "with this, or another --run-name to start anew"
             )
         logging.warning("%s%s", text, difference)
-    ours = {**job.model.config.to_dict(), "objective": job.settings.objective}
+    names = ("objective", "time_scale")
+    ours = {**job.model.config.to_dict(), **{name: getattr(job.settings, name) for name in names}}
     # Read as a config: JSON has lists for tuples, and older versions lack fields that came later.
     theirs = {
         **read_config(config, f"--resume: {path}").to_dict(),
-        "objective": settings["objective"],
+        **{name: settings[name] for name in names},
     }
+    if theirs["objective"] == "rf":
+        theirs["time_scale"] = theirs["time_scale"] or 1.0  # older ones say nothing of it
     if differing := [name for name in ours if theirs[name] != ours[name]]:
         raise UserError(
             f"--resume: {path} was trained with another {', '.join(differing)}; "

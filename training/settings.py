@@ -13,6 +13,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from checkpoint.layouts import known_fields
+from checkpoint.weights import open_weights
 from common import process
 from common.errors import FileError, UserError
 from common.process import Runtime
@@ -24,6 +26,15 @@ from training.flags import build_parser
 WARN_IF_CHANGED = (
     *("data_path", "vae_path", "flip", "seed", "global_batch_size", "lr", "warmup_steps"),
     *("weight_decay", "clip_grad", "ema_decay", "aux_loss_weight", "precision"),
+    *("contrastive_loss_weight", "z_loss_weight", "capacity_loss_weight"),
+    *("bias_update_rate", "aux_loss_scope"),
+)
+# Fields of the network that a flag may leave to the model's size or the file of --init-from.
+NETWORK_FLAGS = (
+    *("num_experts", "num_experts_per_tok", "num_shared_experts", "mlp_ratio", "mlp_type"),
+    *("moe_blocks", "first_k_dense_replace", "dense_mlp_ratio", "unconditional_expert"),
+    *("affinity", "selection", "capacity", "exact_thresholds", "norm_topk_prob"),
+    *("routed_scaling_factor", "balance", "qk_norm", "qk_norm_eps"),
 )
 # Embedded data, and the sizes that fit them; to folders DiT-S/2 does.
 FITTING_SIZES = {"digits": "DiT-Ti/1 or DiT-Ti/2", "fashion-mnist": "DiT-Ti/4"}
@@ -36,7 +47,8 @@ FITTING_SIZES = {"digits": "DiT-Ti/1 or DiT-Ti/2", "fashion-mnist": "DiT-Ti/4"}
 class TrainSettings:
     """Everything that decides a run, as `build_parser` describes it, with every default filled in.
 
-    None means that the model's size decides (MoE and `qk_norm`), or that there is none.
+    None means that the model's size decides (`NETWORK_FLAGS`), or that there is none. Fields with
+    a default came later: it is what checkpoints without them were trained with.
     """
 
     # data
@@ -61,10 +73,31 @@ class TrainSettings:
     num_experts_per_tok: int | None
     num_shared_experts: int | None
     mlp_ratio: float | None
+    qk_norm_eps: float | None = None
+    mlp_type: str | None = None
+    moe_blocks: str | None = None
+    first_k_dense_replace: int | None = None
+    dense_mlp_ratio: float | None = None
+    unconditional_expert: bool | None = None
+    affinity: str | None = None
+    selection: str | None = None
+    capacity: float | None = None
+    exact_thresholds: bool | None = None
+    norm_topk_prob: bool | None = None
+    routed_scaling_factor: float | None = None
+    balance: list[str] | None = None  # [] = none
+
+    # auxiliary losses and router state
     aux_loss_weight: float
+    contrastive_loss_weight: float = 1.0
+    z_loss_weight: float = 1e-3
+    capacity_loss_weight: float = 0.01
+    bias_update_rate: float = 1e-3
+    aux_loss_scope: str = "global"  # or "rank"
 
     # optimization
     objective: str  # "rf" or "ddpm"
+    time_scale: float | None = None  # of rectified flow; None: 1, and for DDPM
     global_batch_size: int  # = micro_batch_size * accum_steps * ranks
     micro_batch_size: int
     accum_steps: int
@@ -106,12 +139,16 @@ def check_flags(args: argparse.Namespace) -> None:
     """Refuse, before any work, what needs no more than the flags to be seen.
 
     Raises:
-        UserError: no `--model`.
+        UserError: no `--model`, or flags that mean nothing together.
         FileError: `--resume` names nothing.
     """
     if args.model is None:
         fitting = FITTING_SIZES.get(args.data_path, "DiT-S/2")
         raise UserError(f"--model is required; for --data-path {args.data_path} take {fitting}")
+    if args.time_scale is not None and not args.rf:
+        raise UserError(f"--time-scale {args.time_scale:g} means nothing without --rf")
+    if "none" in (args.balance or ()) and len(args.balance) > 1:
+        raise UserError(f"--balance {' '.join(args.balance)}: none goes with no other")
     run_dir = Path(args.results_dir) / (args.run_name or default_run_name(args))
     known = args.resume in ("auto", "never") or Path(args.resume).exists()
     if not known and not run_dir.exists():  # else the run may have gone on without that file
@@ -182,7 +219,9 @@ def resolve(
         "class_names": dataset.class_names,
         "data_fingerprint": dataset.fingerprint(),
         "num_classes": num_classes,
+        "balance": args.balance and [term for term in args.balance if term != "none"],
         "objective": "rf" if args.rf else "ddpm",
+        "time_scale": resolve_time_scale(args),
         "micro_batch_size": micro_batch_size,
         "accum_steps": accum_steps,
         "precision": resolve_precision(precision or args.precision, rt),
@@ -190,6 +229,19 @@ def resolve(
         "max_steps": min(limit for limit in limits if limit is not None),
     }
     return TrainSettings(**given | resolved)
+
+
+def resolve_time_scale(args: argparse.Namespace) -> float | None:
+    """Return the time scale of rectified flow: the flag, or that of `--init-from`; None for DDPM.
+
+    Raises: as `open_weights`.
+    """
+    if not args.rf:
+        return None
+    if args.time_scale is None and args.init_from:
+        initial = open_weights(args.init_from, known=known_fields(args.model)).settings
+        return initial.get("time_scale") or 1.0
+    return args.time_scale or 1.0
 
 
 def resolve_precision(name: str | None, rt: Runtime) -> str:
@@ -214,7 +266,26 @@ NAMED_FLAGS = {
     "qk_norm": "qknorm",
     "num_shared_experts": "shared",
     "mlp_ratio": "mlp",
+    "mlp_type": "",
+    "moe_blocks": "",
+    "first_k_dense_replace": "first",
+    "dense_mlp_ratio": "dense",
+    "unconditional_expert": "unconditional",
+    "affinity": "",
+    "selection": "",
+    "capacity": "capacity",
+    "exact_thresholds": "exact",
+    "norm_topk_prob": "norm",
+    "routed_scaling_factor": "scale",
+    "balance": "",
+    "qk_norm_eps": "eps",
     "aux_loss_weight": "aux",
+    "contrastive_loss_weight": "contrastive",
+    "z_loss_weight": "z",
+    "capacity_loss_weight": "predictor",
+    "bias_update_rate": "bias",
+    "aux_loss_scope": "by",
+    "time_scale": "time",
     "global_batch_size": "batch",
     "warmup_steps": "warmup",
     "weight_decay": "decay",
@@ -243,7 +314,8 @@ def default_run_name(args: argparse.Namespace) -> str:
     for name, label in NAMED_FLAGS.items():
         if (value := getattr(args, name)) != default(name):
             on_or_off = {True: label, False: f"no{label}"}
-            parts.append(on_or_off[value] if isinstance(value, bool) else f"{label}{value}")
+            text = "-".join(value) if isinstance(value, list) else f"{label}{value}"
+            parts.append(on_or_off[value] if isinstance(value, bool) else text)
     if args.vae_path == "none" and args.data_path not in FITTING_SIZES:
         parts.append("pixels")
     paths = [_whole_path(getattr(args, name)) for name in HASHED_FLAGS]
