@@ -403,7 +403,7 @@ def test_a_billion_parameters_step_on_two_ranks_with_half_of_a_whole_copy_each(
         figures = json.loads((tmp_path / f"{rank}.json").read_text())
         # Whole, in float32: weights, gradients, both moments and the EMA take 20 bytes a parameter.
         assert figures["parameters"] > 10**9
-        assert figures["built"] - figures["start"] < 8 * figures["parameters"]
+        assert figures["built"] - figures["start"] < 10 * figures["parameters"]
         assert figures["stepped"] < 13 * figures["parameters"]
 
 
