@@ -55,7 +55,7 @@ class DeepSpeedTrainer:
     def __init__(self, job: Job) -> None:
         self.job, self.settings, self.rt = job, job.settings, job.rt
         self.step = self.skipped = 0
-        self.shapes = {name: p.shape for name, p in job.model.named_parameters()}
+        self.shapes = {name: tensor.shape for name, tensor in job.model.state_dict().items()}
         self.trained = {name for name, p in job.model.named_parameters() if p.requires_grad}
         assert self.settings.deepspeed_config is not None  # its flag has a default
         config = engine_config(self.settings, read_config(self.settings.deepspeed_config))
@@ -84,7 +84,10 @@ class DeepSpeedTrainer:
             self.engine.accumulate(losses[-1].total)
         if self._overflowed():
             self.skipped += 1
+            self.job.model.update_router_state(discard=True)
         else:
+            # The averages have no routers' state of their own: train.py's `Ema` copies it too.
+            self.job.model.update_router_state(bias_rate=self.settings.bias_update_rate)
             with torch.no_grad():  # each rank its own shards: ema += (1 - decay)(weights - ema)
                 torch._foreach_lerp_(self.ema, self.engine.flat, 1 - self.settings.ema_decay)
             self.step += 1
@@ -120,7 +123,8 @@ class DeepSpeedTrainer:
             kinds = {}
         error = None
         try:
-            write_share(partial, self.rt.rank, kinds, process.rng_state())
+            buffers = self.engine.buffers if self.rt.is_main else {}
+            write_share(partial, self.rt.rank, kinds, process.rng_state(), buffers)
             if self.rt.is_main:
                 write_state(partial, self._state())
         except OSError as failure:
@@ -162,6 +166,11 @@ class DeepSpeedTrainer:
         state = checkpoint.state
         check_resumable(self.job, path, state["config"], state["settings"])
         check_shapes(path, checkpoint.shapes, {name: self.shapes[name] for name in self.trained})
+        buffers = checkpoint.buffers()
+        found = {name: buffer.shape for name, buffer in buffers.items()}
+        check_shapes(path, found, {name: self.shapes[name] for name in self.engine.buffers})
+        for name, buffer in buffers.items():
+            self.engine.fill(name, buffer)
         moments = {kind: self.engine.moments(kind) for kind in ("exp_avg", "exp_avg_sq")}
         flat = {"model": self.engine.flat, "ema": self.ema, **moments}
         for kind, tensors in flat.items():

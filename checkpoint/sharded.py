@@ -5,6 +5,7 @@
 
 A share is a set of fragments: `KIND/NAME` is a flat fp32 piece of parameter NAME, and the file's
 metadata tells where in the parameter it starts. KIND is "model", "ema", "exp_avg" or "exp_avg_sq".
+What all ranks have whole, biases and thresholds of routers, is `buffer/NAME` in the first share.
 All is written to 0001000.HEX.partial, which gets its name when every rank is done, so a folder that
 has its name is whole. Every file carries its checksum, and state.json those of the shares, so that
 shares of two checkpoints never mix.
@@ -104,6 +105,7 @@ def write_share(
     rank: int,
     kinds: Mapping[str, Iterable[Fragment]],
     rng: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write what one rank holds.
 
@@ -112,11 +114,13 @@ def write_share(
         rank: of the writer.
         kinds: fragments by kind.
         rng: uint8 generator states by device.
+        buffers: what all ranks have whole, by name; of rank 0 only.
 
     Raises:
         FileError: naming the file that could not be written.
     """
     tensors = {f"rng/{device}": state for device, state in rng.items()}
+    tensors |= {f"buffer/{name}": buffer for name, buffer in (buffers or {}).items()}
     starts = {}
     for kind, fragments in kinds.items():
         for name, start, tensor in fragments:
@@ -336,6 +340,12 @@ class ShardedCheckpoint:
         share = self._shares[rank]
         names = [name for name in share.keys() if name.startswith("rng/")]  # noqa: SIM118
         return {name.removeprefix("rng/"): share.get_tensor(name) for name in names}
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Return what all ranks had whole, by name: biases and thresholds of routers."""
+        share, prefix = self._shares[0], "buffer/"
+        names = [name for name in share.keys() if name.startswith(prefix)]  # noqa: SIM118
+        return {name.removeprefix(prefix): share.get_tensor(name) for name in names}
 
     def read(self, kind: str, name: str, start: int = 0, numel: int | None = None) -> Tensor:
         """Return `numel` elements of a flattened parameter from `start` on, by default all.

@@ -384,7 +384,7 @@ def _open_sharded(folder: Path) -> _Source:
     config = read_config(checkpoint.state["config"], folder / "state.json")
     settings = read_settings(checkpoint.state["settings"], folder / "state.json")
     table = sincos_pos_embed(config.input_size // config.patch_size, config.hidden_size)
-    frozen = {"pos_embed": table}  # no share holds what is not trained
+    frozen = {"pos_embed": table, **checkpoint.buffers()}  # what is not trained is in no fragment
     weights = {kind: checkpoint.weights(kind, frozen) for kind in ("model", "ema")}
     return _Source(folder, weights, config, settings)
 

@@ -88,6 +88,8 @@ def partition(model: DiT, config: dict[str, Any], device: torch.device) -> None:
         for name, parameter in own:
             memory = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
             setattr(module, name, nn.Parameter(memory, parameter.requires_grad))
+        for name, buffer in list(module.named_buffers(recurse=False)):  # small: whole on all ranks
+            setattr(module, name, torch.empty_like(buffer, device=device))
         if own:
             deepspeed.zero.Init(module, config_dict_or_path=config, dtype=own[0][1].dtype)
 
@@ -125,6 +127,7 @@ class Engine(ABC):
     Attributes:
         wrapped: the module to train through.
         optimizer: torch's, inside the engine.
+        buffers: biases and thresholds of routers by name, whole and the same on all ranks.
         flat: the tensors that it updates.
         is_replica: another rank holds, and saves, the same.
         scaler: of the loss in float16, else None.
@@ -140,6 +143,7 @@ class Engine(ABC):
     ) -> None:
         self.wrapped, self.optimizer, self._zero = wrapped, optimizer, wrapped.optimizer
         trained = {n: p for n, p in wrapped.module.named_parameters() if p.requires_grad}
+        self.buffers = dict(wrapped.module.named_buffers())
         self.flat, self._places = self._lay_out(trained, rt)
         self._scale_losses(fp16)
 
@@ -225,9 +229,12 @@ class Engine(ABC):
         """Keep this rank's part of a whole parameter; `refresh` when all are filled.
 
         Args:
-            name: of a trained or frozen parameter.
+            name: of a trained or frozen parameter, or of a buffer.
             value: of its whole shape, the same on all ranks; frozen ones are filled together.
         """
+        if name in self.buffers:
+            self.buffers[name].copy_(value)
+            return
         parameter = self.wrapped.module.get_parameter(name)
         if not parameter.requires_grad:
             with self._whole(parameter):
