@@ -130,7 +130,7 @@ class DiTConfig:
         self._check_mixture(require)
 
     def _check_mixture(self, require: Callable[[bool, str], None]) -> None:
-        """Refuse choices that are out of range or mean nothing together."""
+        """Refuse choices of the mixture that are out of range or mean nothing together."""
         choices = {
             "affinity": ("softmax", "sigmoid", "cosine"),
             "selection": ("token_choice", "expert_choice", "batch_choice"),
@@ -144,7 +144,12 @@ class DiTConfig:
             require(term in BALANCE_TERMS, f"balance={self.balance}: {term!r} is none of {known}")
         for name in ("routed_scaling_factor", "dense_mlp_ratio", "qk_norm_eps"):
             require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
-        first, selection = self.first_k_dense_replace, f"selection={self.selection!r}"
+        self._check_blocks(require)
+        self._check_selection(require)
+
+    def _check_blocks(self, require: Callable[[bool, str], None]) -> None:
+        """Refuse choices of blocks that leave no mixture or need one."""
+        first = self.first_k_dense_replace
         require(
             0 <= first < self.depth,
             f"first_k_dense_replace={first} must be in [0, depth={self.depth})",
@@ -165,6 +170,10 @@ class DiTConfig:
             not self.unconditional_expert or self.num_experts > 0,
             "unconditional_expert=True means nothing with num_experts=0",
         )
+
+    def _check_selection(self, require: Callable[[bool, str], None]) -> None:
+        """Refuse fields that mean nothing with who chooses whom."""
+        selection = f"selection={self.selection!r}"
         by_token, of_batch = self.selection == "token_choice", self.selection == "batch_choice"
         require(
             self.capacity == 0 or not by_token,

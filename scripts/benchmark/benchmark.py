@@ -30,10 +30,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from contestants import (
+    NaiveEma,
+    NaiveMoE,
+    build_model,
+    dense_of_equal_flops,
+    use_naive_experts,
+)
 from measures import (
     PASSES,
     Bench,
@@ -55,7 +61,7 @@ from common.errors import one_line_errors
 from common.files import atomic_write, make_writable
 from common.flags import FlagParser, number
 from diffusion import create_diffusion
-from models import DiT, DiT_models, DiTConfig, MoE, Routing, SwiGLU, compute_dtype
+from models import DiT, DiT_models, DiTConfig, MoE, SwiGLU
 from training.job import Ema
 
 EXPERTS, EXPERTS_PER_TOK, TOKEN_SHARES = (4, 8, 16, 32, 64), (1, 2, 4), (16, 8, 4, 2, 1)
@@ -87,95 +93,6 @@ def parse_parts(text: str) -> list[str]:
     if unknown := sorted(set(text.split(",")) - set(PARTS)):
         raise argparse.ArgumentTypeError(f"{unknown} not in {','.join(PARTS)}")
     return text.split(",")
-
-
-# ------------------------------------------------------------------------------ contestants
-
-
-class NaiveExpert(nn.Module):
-    """One SwiGLU as three matmuls; its parameters are views of stacked matrices."""
-
-    def __init__(self, gate_up: Tensor, down: Tensor) -> None:
-        super().__init__()
-        gate, up = gate_up.detach().chunk(2)
-        self.gate, self.up, self.down = (nn.Parameter(w) for w in (gate, up, down.detach()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (..., D) to (..., D)."""
-        return F.linear(F.silu(F.linear(x, self.gate)) * F.linear(x, self.up), self.down)
-
-
-class NaiveMoE(nn.Module):
-    """A `MoE` with the same weights, dispatched the way the published code does it.
-
-    Source: arXiv:2407.11633's code: boolean masks in training, segments by a host copy otherwise.
-    """
-
-    def __init__(self, moe: MoE) -> None:
-        super().__init__()
-        self.router = moe.router
-        stacked = zip(moe.experts.gate_up_proj, moe.experts.down_proj, strict=True)
-        self.experts = nn.ModuleList(NaiveExpert(gate_up, down) for gate_up, down in stacked)
-        shared = moe.shared_experts
-        self.shared_experts = shared and NaiveExpert(
-            shared.gate_up_proj.weight, shared.down_proj.weight
-        )
-
-    def forward(self, x: Tensor, is_null: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Map (N, T, D) tokens as `MoE` does."""
-        tokens = x.flatten(0, 1)  # (M, D)
-        routing = self.router(x, is_null)
-        tokens = tokens.to(compute_dtype(self.router.matrix))
-        out = (self._by_masks if self.training else self._by_segments)(tokens, routing)
-        if self.shared_experts is not None:
-            out = out + self.shared_experts(tokens)
-        return out.view_as(x), routing.aux_losses
-
-    def _by_masks(self, tokens: Tensor, routing: Routing) -> Tensor:
-        weights = routing.expert_weights.to(tokens.dtype)  # (M, K)
-        rows = tokens.repeat_interleave(weights.shape[1], dim=0)  # (R, D)
-        chosen = routing.expert_indices.flatten()
-        out = torch.empty_like(rows)
-        for index, expert in enumerate(self.experts):
-            mask = chosen == index
-            out[mask] = expert(rows[mask])
-        return (out.view(*weights.shape, -1) * weights[..., None]).sum(dim=1).to(tokens.dtype)
-
-    def _by_segments(self, tokens: Tensor, routing: Routing) -> Tensor:
-        chosen, num_experts = routing.expert_indices.flatten(), len(self.experts)
-        order = chosen.argsort()
-        ends = chosen.bincount(minlength=num_experts).cumsum(0).tolist()  # the host waits here
-        weights = routing.expert_weights.flatten().to(tokens.dtype)
-        out = torch.zeros_like(tokens)
-        for expert, start, end in zip(self.experts, [0, *ends], ends, strict=False):
-            choices = order[start:end]
-            rows = choices // routing.expert_indices.shape[1]
-            out.index_add_(0, rows, expert(tokens[rows]) * weights[choices, None])
-        return out
-
-
-def use_naive_experts(model: DiT) -> DiT:
-    """Replace every `MoE` of a model by a `NaiveMoE` with the same weights."""
-    for block in model.blocks:
-        block.moe = NaiveMoE(cast(MoE, block.moe))
-    return model
-
-
-def dense_of_equal_flops(config: DiTConfig) -> DiTConfig:
-    """Return the dense model whose SwiGLU is as wide as all that one token uses: K*F + S."""
-    shared = config.num_shared_experts * config.hidden_size
-    width = config.num_experts_per_tok * config.mlp_hidden_size + shared
-    return dataclasses.replace(config, num_experts=0, mlp_ratio=width / config.hidden_size)
-
-
-def build_model(config: DiTConfig, device: torch.device, naive: bool = False) -> DiT:
-    """Build a model as it is after some training: the layers that start at zero are random."""
-    torch.manual_seed(0)
-    model = DiT(config)
-    for parameter in model.parameters():
-        if parameter.ndim > 1 and not parameter.any():
-            nn.init.normal_(parameter, std=0.02)
-    return (use_naive_experts(model) if naive else model).to(device)
 
 
 # ------------------------------------------------------------------------------ timed parts
@@ -256,16 +173,6 @@ def measure_layer(bench: Bench, config: DiTConfig) -> None:
             }
         )
         bench.report("layer", config, laps, f"naive {precision.name}")
-
-
-class NaiveEma(Ema):
-    """The same average, one parameter and one operator after the other."""
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Move the average towards the model."""
-        for average, parameter in zip(self._averages, self._parameters, strict=True):
-            average.mul_(self.decay).add_(parameter, alpha=1 - self.decay)
 
 
 class TrainingStep:
