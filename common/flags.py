@@ -165,11 +165,11 @@ class FlagParser(argparse.ArgumentParser):
     def __init__(self, docstring: str | None, **options: Any) -> None:
         options |= {"formatter_class": _HelpFormatter, "allow_abbrev": False}
         super().__init__(description=docstring, **options)
-        self._aliases: dict[str, str] = {}  # every spelling -> name
+        self.spellings: dict[str, str] = {}  # every spelling -> name
 
     def group(self, title: str) -> FlagGroup:
         """Start a group of flags."""
-        return FlagGroup(self.add_argument_group(title), self._aliases)
+        return FlagGroup(self.add_argument_group(title), self.spellings)
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
@@ -186,15 +186,15 @@ class FlagParser(argparse.ArgumentParser):
 
     def _named(self, word: str) -> str:
         spelling, equals, value = word.partition("=")
-        return self._aliases.get(spelling, spelling) + equals + value
+        return self.spellings.get(spelling, spelling) + equals + value
 
     def _explain(self, word: str) -> str:
         """Say what is wrong with a word that is no flag and no value of one."""
         if not word.startswith("-"):
             return f"unexpected {word!r}, no flag takes it"
         given = word.partition("=")[0]
-        near = difflib.get_close_matches(given, self._aliases, 1)
-        hint = f"did you mean {self._aliases[near[0]]}?" if near else "--help lists all flags"
+        near = difflib.get_close_matches(given, self.spellings, 1)
+        hint = f"did you mean {self.spellings[near[0]]}?" if near else "--help lists all flags"
         return f"unknown flag {given}; {hint}"
 
     def error(self, message: str) -> NoReturn:

@@ -156,6 +156,14 @@ def test_launch_scripts_start_training_with_flags_that_it_knows(
     parsers = {"train.py": build_parser(None), "train_deepspeed.py": build_deepspeed_parser()}
     args = parsers[words[position]].parse_known_args(words[position + 1 :])
     assert args[1] == [] and args[0].max_steps == 7 and args[0].data_path == "images"
+    assert args[0].rf and args[0].num_experts in (8, 16) and args[0].affinity is None
+    command = ["bash", str(script), "--balance", "none"]
+    printed = subprocess.run(
+        command, env=environment | {"RECIPE": "promoe"}, capture_output=True, text=True, check=True
+    )
+    words = printed.stdout.split()
+    given, _ = parsers[words[position]].parse_known_args(words[position + 1 :])
+    assert (given.affinity, given.num_experts, given.balance) == ("cosine", 12, ["none"])
 
 
 # ------------------------------------------------------------------------------ help, dry run

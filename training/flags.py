@@ -1,5 +1,7 @@
 """The flags that both trainers share, as `--help` groups them; settings.py settles them."""
 
+import argparse
+
 from common.flags import (
     FlagGroup,
     FlagParser,
@@ -11,11 +13,19 @@ from common.flags import (
     seed,
 )
 from models import BALANCE_TERMS, DiT_models
+from training.config_file import FLAG, ConfigParser
 
 
 def build_parser(docstring: str | None) -> FlagParser:
     """Return the parser of the flags that both trainers share."""
-    parser = FlagParser(docstring)
+    parser = ConfigParser(docstring)
+    parser.group("File").add(
+        FLAG,
+        default=argparse.SUPPRESS,
+        metavar="FILE",
+        help="YAML or JSON file of flags and their values, of config/recipes/ or the args.json of "
+        "a run; what the command line says wins.",
+    )
     _add_data_flags(parser.group("Data"))
     _add_model_flags(parser.group("Model"))
     moe = parser.group("MoE")
