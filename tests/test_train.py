@@ -286,7 +286,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_older_checkpoint_whole(
         (["--num-experts", "2"], "num_experts"),
         (["--qk-norm"], "qk_norm"),
         (["--model", "DiT-Ti/4"], "patch_size"),
-        (["--rf", "False"], "objective"),
+        (["--rf", "False"], "objective, time_scale"),
     ],
 )
 def test_resuming_another_model_names_what_differs(
