@@ -18,7 +18,8 @@ from checkpoint.state import checkpoint_path, commit_checkpoint
 from common.errors import FileError, UserError
 
 HOLDER = (
-    "import sys, time, run_lock\n"
+    "import sys, time\n"
+    "from checkpoint import run_lock\n"
     "with run_lock.lock_run(sys.argv[1]):\n"
     "    print('held', flush=True)\n"
     "    time.sleep(100)"
@@ -146,7 +147,8 @@ def test_a_run_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None
 def test_of_many_processes_that_start_at_once_one_gets_the_lock(tmp_path: Path) -> None:
     write_lock(tmp_path, pid=2**22 + 1)  # left over from a dead one
     script = (
-        "import sys, time, run_lock\n"
+        "import sys, time\n"
+        "from checkpoint import run_lock\n"
         "run_lock.DYING_SECONDS = 1.0\n"
         "while time.time() < float(sys.argv[2]): pass\n"
         "try:\n"
