@@ -8,7 +8,7 @@ A run that goes back to an older checkpoint starts another course: `latest` then
 checkpoint and what led to it. Those of the abandoned course stay until others need their place.
 A name that has another ending, `0001000.HEX.partial` or `.HEX.damaged`, is no checkpoint.
 
-1. `list_checkpoints`: the order.  2. `commit`: a new one, and pruning.  3. `set_aside`.
+1. `list_checkpoints`: the order.  2. `make_latest`: a new one, and pruning.  3. `set_aside`.
 Only the process that holds the run's lock (checkpoint/run_lock.py) may write here.
 """
 
@@ -64,7 +64,7 @@ def list_checkpoints(run_dir: str | Path) -> list[Path]:
     return course + sorted(rest, key=lambda path: (step_of(path) > head, -step_of(path)))
 
 
-def commit(path: Path, keep_last: int, resumed: str | None = None) -> None:
+def make_latest(path: Path, keep_last: int, resumed: str | None = None) -> None:
     """Make a checkpoint, whose files are all on disk, the latest; then delete the oldest ones.
 
     Args:

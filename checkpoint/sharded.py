@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from checkpoint import run_folder
+from checkpoint.run_folder import checkpoint_folder, list_checkpoints, make_latest, remove
 from checkpoint.run_lock import check_not_taken
 from common import process
 from common.errors import FileError
@@ -97,7 +97,7 @@ def partial_folder(run_dir: str | Path, step: int) -> Path:
     Called on all ranks at once: the name is that of this save alone.
     """
     token = process.from_main(uuid.uuid4().hex[:8])
-    return run_folder.checkpoint_folder(run_dir) / f"{step:07d}.{token}.partial"
+    return checkpoint_folder(run_dir) / f"{step:07d}.{token}.partial"
 
 
 def write_share(
@@ -158,7 +158,7 @@ def commit(partial: Path, keep_last: int, resumed: str | None = None) -> Path:
 
     Args:
         partial: its folder, see `partial_folder`.
-        keep_last, resumed: see `run_folder.commit`.
+        keep_last, resumed: see `make_latest`.
 
     Returns:
         The folder under its final name.
@@ -173,12 +173,12 @@ def commit(partial: Path, keep_last: int, resumed: str | None = None) -> Path:
     shares = [_share_path(partial, rank) for rank in range(state["num_ranks"])]
     write_state(partial, state | {"shares": [_checksum(path) for path in shares]})
     if folder.exists():  # a run that went back to an older checkpoint passes here again
-        run_folder.remove(folder)
+        remove(folder)
     try:
         os.rename(partial, folder)
     except OSError as error:
         raise FileError(f"could not write {folder}: {error.strerror}") from error
-    run_folder.commit(folder, keep_last, resumed)
+    make_latest(folder, keep_last, resumed)
     return folder
 
 
@@ -197,7 +197,7 @@ def _share_path(folder: Path, rank: int) -> Path:
 
 def latest_sharded(run_dir: str | Path) -> Path | None:
     """Return the folder to continue a run from by its name, None if there is none."""
-    folders = [path for path in run_folder.list_checkpoints(run_dir) if path.suffix != ".pt"]
+    folders = [path for path in list_checkpoints(run_dir) if path.suffix != ".pt"]
     return folders[0] if folders else None
 
 

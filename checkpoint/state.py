@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from checkpoint import run_folder
 from checkpoint.layouts import StateDict
+from checkpoint.run_folder import checkpoint_folder, list_checkpoints, make_latest, set_aside
 from checkpoint.run_lock import check_not_taken
 from checkpoint.sharded import ShardedCheckpoint
 from common.errors import FileError
@@ -60,7 +60,7 @@ ACCEPTED = (
 
 def checkpoint_path(run_dir: str | Path, step: int) -> Path:
     """Return where the checkpoint of a step is kept: RUN_DIR/checkpoints/0001000.pt."""
-    return run_folder.checkpoint_folder(run_dir) / f"{step:07d}.pt"
+    return checkpoint_folder(run_dir) / f"{step:07d}.pt"
 
 
 def save_checkpoint(
@@ -117,9 +117,9 @@ def commit_checkpoint(path: Path, keep_last: int, resumed: str | None = None) ->
     """Make a checkpoint of a run the latest; then delete the oldest ones.
 
     Args:
-        path, keep_last, resumed: see `run_folder.commit`.
+        path, keep_last, resumed: see `make_latest`.
     """
-    run_folder.commit(path, keep_last, resumed)
+    make_latest(path, keep_last, resumed)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def checkpoint_to_resume(run_dir: str | Path) -> Path | None:
     """
     found, damaged = _newest_whole(Path(run_dir), verify_checkpoint)
     for path in damaged:
-        logging.warning("%s is kept as %s", path, run_folder.set_aside(path).name)
+        logging.warning("%s is kept as %s", path, set_aside(path).name)
     return found
 
 
@@ -289,7 +289,7 @@ def check_complete(path: Path) -> None:
 
 def _newest_whole(run_dir: Path, check: Callable[[Path], None]) -> tuple[Path | None, list[Path]]:
     """Return the first checkpoint that passes a check, and the damaged ones before it."""
-    paths = run_folder.list_checkpoints(run_dir)
+    paths = list_checkpoints(run_dir)
     damaged: list[Path] = []
     for path in paths:
         try:

@@ -48,8 +48,7 @@ def imports(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            members = {f"{node.module}.{alias.name}" for alias in node.names} & set(ours)
-            found |= members or {str(node.module)}
+            found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
     return found & set(ours)
 
 

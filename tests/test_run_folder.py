@@ -147,7 +147,7 @@ def test_a_checkpoint_pruned_while_a_reader_looks_is_no_error(
     last = save(tmp_path, 2, keep_last=1)[0]
     answers = iter([listed])
     monkeypatch.setattr(
-        run_folder, "list_checkpoints", lambda run: next(answers, None) or list_now(run)
+        "checkpoint.state.list_checkpoints", lambda run: next(answers, None) or list_now(run)
     )
     assert latest_checkpoint(tmp_path) == last
 
