@@ -37,13 +37,12 @@ from training.loop import (
     Batch,
     all_finite,
     launch,
-    learning_rate,
     mean_losses,
     micro_loss,
     require_loss_scale,
-    set_learning_rate,
 )
 from training.memory import memory_table
+from training.optimization import learning_rate, set_learning_rate
 from training.reporter import draw_grid
 from training.resume import check_resumable, restore_rng
 from training.zero_config import engine_config, read_config, resolve_precision

@@ -21,7 +21,8 @@ from routing import LoadCounter
 from train import DdpTrainer
 from training.flags import build_parser
 from training.job import Ema, Job, build_model, describe, initial_weights, prepare
-from training.loop import launch, learning_rate
+from training.loop import launch
+from training.optimization import learning_rate
 from training.reporter import Reporter, draw_grid, load_scalars
 from training.settings import TrainSettings
 

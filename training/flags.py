@@ -14,6 +14,7 @@ from common.flags import (
 )
 from models import BALANCE_TERMS, DiT_models
 from training.config_file import FLAG, ConfigParser
+from training.optimization_flags import add_schedule_flags
 
 
 def build_parser(docstring: str | None) -> FlagParser:
@@ -35,6 +36,7 @@ def build_parser(docstring: str | None) -> FlagParser:
     optimization = parser.group("Optimization")
     _add_batch_flags(optimization)
     _add_optimizer_flags(optimization)
+    add_schedule_flags(optimization)
     run = parser.group("Run")
     _add_course_flags(run)
     _add_output_flags(run)
@@ -326,7 +328,7 @@ def _add_optimizer_flags(train: FlagGroup) -> None:
         type=number(float, 0, 1000),
         default=1e-4,
         metavar="RATE",
-        help="Learning rate of AdamW, constant after the warm-up.",
+        help="Learning rate of AdamW after the warm-up.",
     )
     train.add(
         "--warmup-steps",

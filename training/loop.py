@@ -1,7 +1,7 @@
 """The training loop of both trainers: `Trainer` (what a script supplies), the loss, the loop.
 
-In this order: `Trainer`, the loss of a micro-batch and the learning rate, which both scripts
-share, the batches, and the loop around it all, `launch` and `fit`.
+In this order: `Trainer`, the loss of a micro-batch, which both scripts share, the batches, and the
+loop around it all, `launch` and `fit`.
 """
 
 import argparse
@@ -20,9 +20,9 @@ from common import process
 from common.stopping import StopRequest
 from data import make_loader
 from training.job import Job, describe, prepare
+from training.optimization import learning_rate
 from training.reporter import DivergedError, Reporter, grid_path, run_log
 from training.resume import find_resume
-from training.settings import TrainSettings
 
 Batch = tuple[Tensor, Tensor, dict[str, Any]]  # latents, labels, more arguments of training_loss
 
@@ -95,17 +95,6 @@ def mean_losses(losses: list[MicroLoss]) -> dict[str, Tensor]:
     """Average what a step logs over its micro-batches."""
     names = losses[0].parts
     return {name: torch.stack([micro.parts[name] for micro in losses]).mean() for name in names}
-
-
-def learning_rate(settings: TrainSettings, step: int) -> float:
-    """Return the rate of the step after `step`: linear warm-up, then constant."""
-    return settings.lr * min(1.0, (step + 1) / max(settings.warmup_steps, 1))
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the rate of the next step."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

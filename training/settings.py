@@ -25,6 +25,7 @@ from training.flags import build_parser
 # Flags that a run may change on its way, but then it is not the run that it would have been.
 WARN_IF_CHANGED = (
     *("data_path", "vae_path", "flip", "seed", "global_batch_size", "lr", "warmup_steps"),
+    *("lr_schedule", "min_lr", "decay_steps"),
     *("weight_decay", "clip_grad", "ema_decay", "aux_loss_weight", "precision"),
     *("contrastive_loss_weight", "z_loss_weight", "capacity_loss_weight"),
     *("bias_update_rate", "aux_loss_scope"),
@@ -103,6 +104,9 @@ class TrainSettings:
     accum_steps: int
     lr: float
     warmup_steps: int
+    lr_schedule: str = "constant"  # or "cosine", "wsd"
+    min_lr: float = 0.0
+    decay_steps: int | None = None  # before max_steps; None: constant
     weight_decay: float
     clip_grad: float  # 0 = off
     ema_decay: float
@@ -149,10 +153,25 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--time-scale {args.time_scale:g} means nothing without --rf")
     if "none" in (args.balance or ()) and len(args.balance) > 1:
         raise UserError(f"--balance {' '.join(args.balance)}: none goes with no other")
+    check_schedule(args)
     run_dir = Path(args.results_dir) / (args.run_name or default_run_name(args))
     known = args.resume in ("auto", "never") or Path(args.resume).exists()
     if not known and not run_dir.exists():  # else the run may have gone on without that file
         raise FileError(f"--resume {args.resume}: no such file")
+
+
+def check_schedule(args: argparse.Namespace) -> None:
+    """Refuse flags of the learning rate that mean nothing together.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    if args.lr_schedule == "constant":
+        for flag, value in (("--min-lr", args.min_lr), ("--decay-steps", args.decay_steps)):
+            if value:
+                raise UserError(f"{flag} {value:g} means nothing with --lr-schedule constant")
+    elif args.min_lr > args.lr:
+        raise UserError(f"--min-lr {args.min_lr:g} is more than --lr {args.lr:g}")
 
 
 def split_batch(args: argparse.Namespace, world_size: int) -> tuple[int, int]:
@@ -210,6 +229,7 @@ def resolve(
         )
     num_workers = 4 if isinstance(dataset, FolderImages | CachedLatents) else 0
     limits = [args.epochs * max(len(dataset) // args.global_batch_size, 1), args.max_steps]
+    max_steps = min(limit for limit in limits if limit is not None)
     fields = {field.name for field in dataclasses.fields(TrainSettings)}
     given = {name: value for name, value in vars(args).items() if name in fields}
     resolved = {
@@ -226,9 +246,18 @@ def resolve(
         "accum_steps": accum_steps,
         "precision": resolve_precision(precision or args.precision, rt),
         "run_name": args.run_name or process.from_main(default_run_name(args)),
-        "max_steps": min(limit for limit in limits if limit is not None),
+        "max_steps": max_steps,
+        "decay_steps": resolve_decay_steps(args, max_steps),
     }
     return TrainSettings(**given | resolved)
+
+
+def resolve_decay_steps(args: argparse.Namespace, max_steps: int) -> int | None:
+    """Return over how many steps the rate falls, None if it does not: see `learning_rate`."""
+    if args.lr_schedule == "constant":
+        return None
+    fitting = {"cosine": max_steps - args.warmup_steps, "wsd": max_steps // 5}
+    return args.decay_steps or max(fitting[args.lr_schedule], 1)
 
 
 def resolve_time_scale(args: argparse.Namespace) -> float | None:
@@ -288,6 +317,9 @@ NAMED_FLAGS = {
     "time_scale": "time",
     "global_batch_size": "batch",
     "warmup_steps": "warmup",
+    "lr_schedule": "",
+    "min_lr": "min",
+    "decay_steps": "over",
     "weight_decay": "decay",
     "clip_grad": "clip",
     "ema_decay": "ema",
