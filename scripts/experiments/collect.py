@@ -137,8 +137,9 @@ def samplers(results: Path, docs: Path) -> dict[str, dict[str, float]]:
     """Print a row per sampler, draw samples of each; returns the values."""
     rows: dict[str, dict[str, float]] = {}
     files: dict[str, Path] = {}
-    print("| sampler | steps | guidance | FD | precision | recall | read right | ms a sample |")
-    print("|---|---|---|---|---|---|---|---|")
+    head = ["sampler", "steps", "guidance", "trained", "FD", "precision", "recall", "read right"]
+    print("| " + " | ".join([*head, "ms a sample"]) + " |")
+    print("|---" * 9 + "|")
     for path in sorted(results.glob("*/metrics.json"), key=sampler_order):
         metrics = json.loads(path.read_text())
         flags, name = metrics["flags"], path.parent.name
@@ -147,7 +148,9 @@ def samplers(results: Path, docs: Path) -> dict[str, dict[str, float]]:
         low, high = flags["cfg_interval"]
         guidance = f"{flags['cfg_scale']:g}" if flags["cfg_scale"] != 1 else "off"
         guidance += "" if (low, high) == (0.0, 1.0) else f", t in [{low:g}, {high:g}]"
-        cells = [flags["sampler"], str(flags["num_sampling_steps"]), guidance, f"{row[FD]:.2f}"]
+        trained = "9,000" if name.endswith("-9000") else "2,250"  # samplers.sh names them so
+        cells = [flags["sampler"], str(flags["num_sampling_steps"]), guidance, trained]
+        cells += [f"{row[FD]:.2f}"]
         cells += [f"{row[key]:.3f}" for key in ("precision", "recall", READ)]
         print("| " + " | ".join([*cells, f"{1000 * row['seconds per sample']:.0f}"]) + " |")
         files[name] = path.parent / f"seed{flags['seed']}.npz"

@@ -1,24 +1,28 @@
 #!/usr/bin/env bash
 # Samplers compared on Fashion-MNIST: steps against quality and time, for the README's model and for
-# the same one trained with DDPM. Writes docs/results/samplers.json; the page is docs/RESULTS.md:
+# the same one trained with DDPM; then both trained on, four times as long, and drawn from again.
+# Writes docs/results/samplers.json and .png; the page is docs/RESULTS.md:
 #   bash scripts/experiments/samplers.sh
-# About an hour on two quiet cores: two runs at a time, one thread each. What is done stays done.
+# About two hours on two quiet cores: two runs at a time, one thread each. What is done stays done.
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 
 export RF=${RF:-results/fashion} DDPM=${DDPM:-results/fashion-ddpm} OUT=${OUT:-results/samplers}
 export NUM_SAMPLES=${NUM_SAMPLES:-500} OMP_NUM_THREADS=1
 
-train() { # run folder, flags...
-  [ -e "$1/checkpoints/0002250.pt" ] && return
+train() { # run folder, steps, flags...
+  [ -e "$1/checkpoints/$(printf %07d "$2").pt" ] && return
   echo "training $1; its log: $1/log.txt"
   python train.py --results-dir "$(dirname "$1")" --run-name "$(basename "$1")" \
-    --data-path fashion-mnist --model DiT-Ti/4 --max-steps 2250 --global-batch-size 64 --lr 1e-3 \
+    --data-path fashion-mnist --model DiT-Ti/4 --max-steps "$2" --global-batch-size 64 --lr 1e-3 \
     --warmup-steps 100 --ema-decay 0.995 --precision fp32 --log-every 250 --ckpt-every 250 \
-    --sample-every 750 "${@:2}" >/dev/null 2>&1
+    --sample-every 750 "${@:3}" >/dev/null 2>&1
 }
-train "$RF" --rf & rf=$!
-train "$DDPM" & ddpm=$!
-wait $rf; wait $ddpm
+both() { # steps, suffix of the run folders
+  train "$RF$2" "$1" --rf & rf=$!
+  train "$DDPM$2" "$1" & ddpm=$!
+  wait $rf; wait $ddpm
+}
+both 2250 ""
 
 draw() { # checkpoint, sampler, steps, name of the variant ("" = none), flags...
   local out="$OUT/$2-$3$4"
@@ -42,5 +46,17 @@ load_classifier('fashion-mnist', Path('results/references'))" # once, not by bot
   echo "$DDPM ddim 50 -interval --cfg-interval 0.1 0.8"
   echo "$RF euler 50 -cfg1 --cfg-scale 1"
   echo "$DDPM ddim 50 -cfg1 --cfg-scale 1"
+} | xargs -P 2 -L 1 bash -euo pipefail -c 'draw "$@"' _
+
+for run in "$RF" "$DDPM"; do # the same runs go on, under names of their own
+  [ -e "$run-9000" ] || { cp -r "$run" "$run-copy" && mv "$run-copy" "$run-9000"; }
+done
+both 9000 -9000
+{
+  echo "$DDPM-9000 ddpm 250 -9000"
+  echo "$RF-9000 euler 50 -9000"
+  echo "$RF-9000 euler 25 -9000"
+  echo "$DDPM-9000 ddim 50 -9000"
+  echo "$DDPM-9000 dpm++ 20 -9000"
 } | xargs -P 2 -L 1 bash -euo pipefail -c 'draw "$@"' _
 python scripts/experiments/collect.py samplers --results "$OUT"
