@@ -94,6 +94,7 @@ def make_updates(case: str | None, *flags: str) -> list[State]:
             continue
         if isinstance(trainer, DeepSpeedTrainer):
             weights, ema = whole(trainer, trainer.engine.flat), whole(trainer, trainer.ema)
+            weights |= dict(trainer.job.model.named_buffers())
         else:
             weights, ema = trainer.model.state_dict(), trainer.ema.model.state_dict()
         values |= {f"weights/{name}": value.clone() for name, value in weights.items()}
