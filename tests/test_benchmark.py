@@ -3,11 +3,12 @@
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import benchmark
 import pytest
 import torch
+from families import recipe_configs, training_run
 from measures import (
     Bench,
     Entry,
@@ -24,6 +25,7 @@ from models import DiT, DiT_models, DiTConfig, MoE
 
 CONFIG = DiTConfig(hidden_size=16, depth=1, num_heads=2, num_experts=4, input_size=8)
 CPU = torch.device("cpu")
+ROUTING = ("moe.router", "moe.predictor")
 
 
 def run_benchmark(out: Path, *flags: str) -> list[dict]:
@@ -109,6 +111,19 @@ def test_the_dense_model_has_our_flops_but_for_the_router() -> None:
     assert weight.shape == (shape.outputs, shape.inputs)
 
 
+def test_every_recipe_has_a_dense_model_of_its_flops_and_widths() -> None:
+    configs = recipe_configs(DiTConfig(hidden_size=16, depth=12, num_heads=2, input_size=8))
+    assert set(configs) >= {"dit_moe", "promoe", "promoe_ec", "ec_dit", "diffmoe", "dsmoe"}
+    for name, config in configs.items():
+        dense = benchmark.dense_of_equal_flops(config)
+        routing = [x.flops for x in linear_layers(config, 6) if x.name.startswith(ROUTING)]
+        assert forward_flops(dense, 6) == forward_flops(config, 6) - sum(routing), name
+        counted = sum(x.inputs * x.outputs for x in linear_layers(dense, 6) if "mlp" in x.name)
+        mlp = cast(nn.Module, DiT(dense).blocks[0].mlp)
+        matrices = [p for p in mlp.parameters() if p.ndim > 1]
+        assert counted == sum(p.numel() for p in matrices), name
+
+
 def test_saved_bytes_count_every_storage_once_and_no_parameters() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 8))
     x = torch.randn(3, 4, requires_grad=True)
@@ -155,6 +170,29 @@ def test_every_part_adds_rows_to_the_json(
         assert all(row["speed"] == 1 for row in of_part if row["contestant"] == "naive")
         assert all(row["mfu"] > 0 for row in of_part if row["what"] in ("forward", "sample"))
     assert "skipped: there is no GPU" in capsys.readouterr().out
+
+
+def test_families_train_each_recipes_layer_and_a_dense_one(tmp_path: Path) -> None:
+    rows = run_benchmark(tmp_path / "b.json", "--parts", "families")
+    for name in ("dit_moe", "promoe", "promoe_ec", "ec_dit", "diffmoe", "dsmoe"):
+        ours = [row for row in rows if row["contestant"] == name]
+        dense = [row for row in rows if row["contestant"] == f"{name} dense"]
+        assert {row["what"] for row in ours} == {"forward", "backward", "forward+backward"}
+        assert all(row["speed"] > 0 and row["mfu"] > 0 for row in ours)
+        assert all(row["speed"] == 1 for row in dense)
+
+
+def test_a_familys_layer_is_timed_with_its_losses_and_images_without_a_class() -> None:
+    config = recipe_configs(CONFIG)["promoe"]
+    moe = benchmark.random_moe(config)
+    watch, batches = benchmark.Stopwatch(CPU), [torch.randn(4, 16, 16) for _ in range(2)]
+    is_null = torch.tensor([True, False, False, False])
+    gradients: dict[str, Tensor] = {}
+    for name, parameter in moe.named_parameters():
+        parameter.register_hook(lambda grad, name=name: gradients.update({name: grad}))
+    training_run(moe, batches, is_null, Precision("fp32", False))(watch, 1)
+    assert gradients["router.prototypes"].any()
+    assert gradients["experts.up_proj"][-1].any()  # of the unconditional expert, the last
 
 
 @pytest.mark.slow

@@ -5,10 +5,11 @@
         --parts layer,step
 
 Contestants take turns in one process: ours, the naive loop over experts that the published code
-has (`NaiveMoE`, the same weights), and a dense model of equal FLOPs. Every repeat has new tokens,
-so that expert loads differ as they do in training. Shown are the median, the quartiles, the speed
-relative to a reference contestant (above 1: faster) and MFU: the matmul FLOPs of the linear layers
-per second, over the rate that the same matmuls reach alone in the same dtype.
+has (`NaiveMoE`, the same weights), and a dense model of equal FLOPs; in `families` the layer of
+each recipe, and a dense one. Every repeat has new tokens, so that expert loads differ as they do in
+training. Shown are the median, the quartiles, the speed relative to a reference contestant (above
+1: faster) and MFU: the matmul FLOPs of the linear layers per second, over the rate that the same
+matmuls reach alone in the same dtype.
 
 Shapes: N images, M tokens, D hidden, F expert hidden, R = M*K routed rows, E experts, K a token.
 """
@@ -40,6 +41,7 @@ from contestants import (
     dense_of_equal_flops,
     use_naive_experts,
 )
+from families import measure_families
 from measures import (
     PASSES,
     Bench,
@@ -71,9 +73,11 @@ def build_parser() -> FlagParser:
     """Return the parser of this script's flags."""
     parser = FlagParser(__doc__)
     what = parser.group("Run")
-    what.add("--models", nargs="+", choices=list(DiT_models), default=["DiT-S/2", "DiT-B/2"],
+    sizes = [name for name in DiT_models if name.startswith("DiT-")]
+    what.add("--models", nargs="+", choices=sizes, default=["DiT-S/2", "DiT-B/2"],
              help="size/patch, with the size's own experts")  # fmt: skip
-    what.add("--parts", type=parse_parts, default=list(PARTS), help="comma-separated")
+    what.add("--parts", type=parse_parts, default=list(PARTS),
+             help="comma-separated; families: the layer of each of config/recipes")  # fmt: skip
     what.add("--dtypes", nargs="+", choices=("fp32", "bf16"), default=native_dtypes(),
              help="computed in; training keeps fp32 weights; default: native ones")  # fmt: skip
     what.add("--batch-size", type=number(int, 1), default=8, help="images")
@@ -393,6 +397,7 @@ PARTS: dict[str, Callable[[Bench, DiTConfig], None]] = {
     "growth": measure_growth,
     "memory": measure_memory,
     "cuda": measure_cuda,
+    "families": measure_families,
 }
 
 

@@ -84,10 +84,20 @@ def use_naive_experts(model: DiT) -> DiT:
 
 
 def dense_of_equal_flops(config: DiTConfig) -> DiTConfig:
-    """Return the dense model whose SwiGLU is as wide as all that one token uses: K*F + S."""
+    """Return the dense model whose MLP is as wide as what one token of a mixture uses: K*F + S."""
     shared = config.num_shared_experts * config.hidden_size
-    width = config.num_experts_per_tok * config.mlp_hidden_size + shared
-    return dataclasses.replace(config, num_experts=0, mlp_ratio=width / config.hidden_size)
+    width = round(config.experts_per_token * config.mlp_hidden_size) + shared
+    return dataclasses.replace(
+        config,
+        num_experts=0,
+        mlp_ratio=width / config.hidden_size,
+        moe_blocks="all",
+        first_k_dense_replace=0,
+        unconditional_expert=False,
+        selection="token_choice",
+        capacity=0.0,
+        exact_thresholds=False,
+    )
 
 
 def build_model(config: DiTConfig, device: torch.device, naive: bool = False) -> DiT:

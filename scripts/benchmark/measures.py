@@ -47,9 +47,10 @@ class Linear(NamedTuple):
 
 
 def linear_layers(config: DiTConfig, images: int) -> list[Linear]:
-    """List the linear layers of a model with SwiGLU MLPs, loads being even."""
+    """List the linear layers of a model with equal blocks, loads being even."""
     D, width, E, K = (config.hidden_size, config.mlp_hidden_size, config.num_experts,
-                      config.num_experts_per_tok)  # fmt: skip
+                      config.experts_per_token)  # fmt: skip
+    into = 2 if config.mlp_type == "swiglu" else 1  # matrices from D, of which SwiGLU has two
     area = config.patch_size**2
     M, depth = images * (config.input_size // config.patch_size) ** 2, config.depth
     layers = [
@@ -61,14 +62,17 @@ def linear_layers(config: DiTConfig, images: int) -> list[Linear]:
         rows, shared = math.ceil(M * K / E), config.num_shared_experts * D
         layers += [
             Linear("moe.router", depth, M, D, E),
-            Linear("moe.experts.gate_up", depth * E, rows, D, 2 * width),
+            Linear("moe.experts.gate_up", depth * E, rows, D, into * width),
             Linear("moe.experts.down", depth * E, rows, width, D),
         ]
+        if config.selection == "batch_choice":
+            layers.append(Linear("moe.predictor.fc1", depth, M, D, D))
+            layers.append(Linear("moe.predictor.fc2", depth, M, D, E))
         if shared:
-            layers.append(Linear("moe.shared.gate_up", depth, M, D, 2 * shared))
+            layers.append(Linear("moe.shared.gate_up", depth, M, D, into * shared))
             layers.append(Linear("moe.shared.down", depth, M, shared, D))
     else:
-        layers.append(Linear("mlp.gate_up", depth, M, D, 2 * width))
+        layers.append(Linear("mlp.gate_up", depth, M, D, into * width))
         layers.append(Linear("mlp.down", depth, M, width, D))
     return [
         *layers,
