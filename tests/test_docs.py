@@ -1,10 +1,14 @@
-"""What Markdown files promise: links and pictures that are in git."""
+"""What Markdown files promise: links and pictures that are in git, commands that are understood."""
 
+import importlib
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from common.flags import FlagParser
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,3 +46,44 @@ def test_ignored_folders_are_those_at_the_root_only():
         ".mypy_cache/",
         ".ruff_cache/",
     }
+
+
+def commands() -> list[tuple[str, str]]:
+    """Return page and text of every command in a bash block of the README and of docs/."""
+    found = []
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+            lines = re.sub(r"(\\|\|)\n\s*", " ", block).splitlines()
+            found += [(page.name, line) for line in lines if line and not line.startswith("#")]
+    return found
+
+
+def parser_of(script: str) -> FlagParser:
+    """Return a script's parser; the trainers share theirs."""
+    module = importlib.import_module(script)
+    if script == "train":
+        return module.build_parser(None)  # type: ignore[no-any-return]
+    name = "build_deepspeed_parser" if script == "train_deepspeed" else "build_parser"
+    return getattr(module, name)()  # type: ignore[no-any-return]
+
+
+def test_every_command_of_readme_and_docs_is_one_that_the_scripts_understand():
+    checked = 0
+    for page, line in commands():
+        words = shlex.split(line, comments=True)
+        scripts = [k for k, word in enumerate(words) if re.fullmatch(r"\w+\.py", word)]
+        if not scripts or "..." in words:
+            continue
+        try:
+            parser_of(words[scripts[0]].removesuffix(".py")).parse_args(words[scripts[0] + 1 :])
+        except SystemExit:
+            pytest.fail(f"{page}: {line}")
+        checked += 1
+    assert checked > 20
+
+
+def test_every_script_that_readme_and_docs_name_in_a_command_exists():
+    for page, line in commands():
+        for word in shlex.split(line, comments=True):
+            if re.fullmatch(r"(scripts|config|tests)/[\w/.-]+\.\w+", word):
+                assert (ROOT / word).exists(), f"{page}: {line}"
