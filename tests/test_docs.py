@@ -62,9 +62,9 @@ def parser_of(script: str) -> FlagParser:
     """Return a script's parser; the trainers share theirs."""
     module = importlib.import_module(script)
     if script == "train":
-        return module.build_parser(None)  # type: ignore[no-any-return]
+        return module.build_parser(None)
     name = "build_deepspeed_parser" if script == "train_deepspeed" else "build_parser"
-    return getattr(module, name)()  # type: ignore[no-any-return]
+    return getattr(module, name)()
 
 
 def test_every_command_of_readme_and_docs_is_one_that_the_scripts_understand():
