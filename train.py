@@ -37,6 +37,7 @@ from training.loop import (
     require_loss_scale,
 )
 from training.optimization import learning_rate, set_learning_rate
+from training.parameters import load_optimizer, optimizer_groups, optimizer_state, saved_order
 from training.reporter import draw_grid
 from training.resume import check_resumable, restore_rng
 
@@ -61,7 +62,7 @@ class DdpTrainer:
         self.ema = Ema(self.model, self.settings.ema_decay)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            self.parameters,
+            optimizer_groups(self.model.named_parameters(), self.settings),
             lr=self.settings.lr,
             weight_decay=self.settings.weight_decay,
             fused=True,
@@ -139,7 +140,7 @@ class DdpTrainer:
             settings=self.settings.to_dict(),
             model=self.model.state_dict(),
             ema=self.ema.model.state_dict(),
-            optimizer=self.optimizer.state_dict(),
+            optimizer=optimizer_state(self.optimizer, saved_order(self.model)),
             scaler=self._scaler_state(),
             step=self.step,
             rng=rng,
@@ -165,9 +166,7 @@ class DdpTrainer:
             check_shapes(path, *({n: x.shape for n, x in s.items()} for s in (state, expected)))
             model.load_state_dict(state)
         with blamed_on(str(path)):
-            self.optimizer.load_state_dict(content["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["weight_decay"] = self.settings.weight_decay
+            load_optimizer(self.optimizer, content["optimizer"], saved_order(self.model))
         if content["scaler"] is not None:
             self.scaler.load_state_dict(content["scaler"])
             self.skipped = content["scaler"].get("skipped", 0)

@@ -32,7 +32,8 @@ from common.errors import FileError, UserError, one_line_errors
 from common.flags import FlagParser, number
 from training import zero
 from training.flags import build_parser
-from training.job import Job, compile_blocks, describe, initial_weights
+from training.initial import initial_weights
+from training.job import Job, compile_blocks, describe
 from training.loop import (
     Batch,
     all_finite,
@@ -62,7 +63,7 @@ class DeepSpeedTrainer:
             compile_blocks(job.model)
         self.engine = zero.build_engine(job.model, config, self.settings, self.rt)
         self.optimizer = self.engine.optimizer
-        for name, value in initial_weights(self.settings, self.shapes):
+        for name, value in initial_weights(self.settings, job.model.config, self.shapes):
             self.engine.fill(name, value)
         self.engine.refresh()
         self.ema = [shard.detach().clone() for shard in self.engine.flat]
@@ -121,8 +122,9 @@ class DeepSpeedTrainer:
         if self.engine.is_replica:
             kinds = {}
         error = None
+        frozen = self.engine.frozen_parameters()
         try:
-            buffers = self.engine.buffers if self.rt.is_main else {}
+            buffers = {**self.engine.buffers, **frozen} if self.rt.is_main else {}
             write_share(partial, self.rt.rank, kinds, process.rng_state(), buffers)
             if self.rt.is_main:
                 write_state(partial, self._state())
@@ -164,10 +166,17 @@ class DeepSpeedTrainer:
         checkpoint = ShardedCheckpoint(path)
         state = checkpoint.state
         check_resumable(self.job, path, state["config"], state["settings"])
+        if (state["settings"].get("freeze") or []) != (self.settings.freeze or []):
+            raise UserError(
+                f"--freeze: {path} has no shards of what it froze: "
+                f"{' '.join(state['settings'].get('freeze') or ['nothing'])}; give the same, or "
+                "another --run-name and --init-from"
+            )
         check_shapes(path, checkpoint.shapes, {name: self.shapes[name] for name in self.trained})
         buffers = checkpoint.buffers()
         found = {name: buffer.shape for name, buffer in buffers.items()}
-        check_shapes(path, found, {name: self.shapes[name] for name in self.engine.buffers})
+        whole = [*self.engine.buffers, *self.engine.frozen]
+        check_shapes(path, found, {name: self.shapes[name] for name in whole})
         for name, buffer in buffers.items():
             self.engine.fill(name, buffer)
         moments = {kind: self.engine.moments(kind) for kind in ("exp_avg", "exp_avg_sq")}

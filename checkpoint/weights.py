@@ -29,6 +29,7 @@ from checkpoint.described import (
     read_json,
     read_settings,
 )
+from checkpoint.download import find_weights
 from checkpoint.families import FAMILY_SETTINGS, family_fields, is_family, published_fields
 from checkpoint.layouts import StateDict, block_index, by_block, infer_config, to_ours
 from checkpoint.sharded import ShardedCheckpoint
@@ -103,7 +104,7 @@ def open_weights(
 
     Raises: as `load_model`.
     """
-    source = _open(Path(path))
+    source = _open(find_weights(path))
     kinds = ("ema", "model") if ema else ("model",)
     found = [kind for kind in kinds if kind in source.weights]
     if not found:
@@ -217,7 +218,8 @@ def load_model(
 
     Args:
         path: our .pt, .safetensors or folder of them, a run folder (its latest checkpoint), a
-            published .pt, or a diffusers DiTTransformer2DModel folder.
+            published .pt, a diffusers DiTTransformer2DModel folder, or a hub id of one of them,
+            OWNER/NAME or OWNER/NAME/FILE.
         ema: take the averaged weights where the file has both; False insists on the others.
             A file with one unnamed set of weights serves both.
         dtype: of the parameters, except those of `is_exact`; None for that of the file.
@@ -289,7 +291,7 @@ def page_out(tensors: Iterable[Tensor]) -> None:
 
 def load_settings(path: str | Path) -> dict[str, Any]:
     """Return the `settings` saved with our weights, {} for published files."""
-    return dict(_open(Path(path)).settings)
+    return dict(_open(find_weights(path)).settings)
 
 
 def find_vae_path(settings: Mapping[str, Any], vae_path: str | None) -> str:

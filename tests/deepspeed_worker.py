@@ -26,7 +26,8 @@ from train import DdpTrainer
 from train_deepspeed import DeepSpeedTrainer, build_deepspeed_parser
 from training import zero
 from training.flags import build_parser
-from training.job import build_model, initial_weights, prepare
+from training.initial import initial_weights
+from training.job import build_model, prepare
 from training.memory import rank_memory
 from training.zero_config import zero_stage
 
@@ -133,7 +134,9 @@ def initial_difference(case: str, *flags: str) -> float:
     )
     job = prepare(args, meta=True)
     expected = dict(
-        initial_weights(job.settings, {n: p.shape for n, p in job.model.named_parameters()})
+        initial_weights(
+            job.settings, job.model.config, {n: p.shape for n, p in job.model.named_parameters()}
+        )
     )
     trainer = DeepSpeedTrainer(job)
     weights = whole(trainer, trainer.engine.flat)

@@ -149,6 +149,8 @@ OTHER_RUN = {
     "ema_decay": "0.99",
     "precision": "fp32",
     "seed": "1",
+    "freeze": "attn",
+    "lr_scale": "router=0.1",
 }
 SAME_RUN = {
     "skip_broken": "True",
@@ -170,6 +172,7 @@ SAME_RUN = {
     "sample_every": "3",
     "sample_cfg_scale": "3",
     "dry_run": "True",
+    "init_strict": "True",
 }
 BASE = {"data_path": "digits", "model": "DiT-Ti/2"}
 

@@ -20,7 +20,8 @@ from models import DiT_models
 from routing import LoadCounter
 from train import DdpTrainer
 from training.flags import build_parser
-from training.job import Ema, Job, build_model, describe, initial_weights, prepare
+from training.initial import initial_weights
+from training.job import Ema, Job, build_model, describe, prepare
 from training.loop import launch
 from training.optimization import learning_rate
 from training.reporter import Reporter, draw_grid, load_scalars
@@ -73,7 +74,7 @@ def test_a_run_draws_one_by_one_the_weights_that_dit_draws_as_a_whole(mlp_type: 
     torch.manual_seed(3)
     model.initialize_weights()
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    drawn = dict(initial_weights(settings("--seed", "3"), shapes))
+    drawn = dict(initial_weights(settings("--seed", "3"), model.config, shapes))
     assert_close(drawn, dict(model.state_dict()), rtol=0, atol=0)
 
 

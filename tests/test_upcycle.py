@@ -18,7 +18,8 @@ from checkpoint.weights import load_model, load_settings, open_weights
 from common.errors import FileError, UserError
 from models import DiT, DiTConfig, GeluExperts
 from training.flags import build_parser as training_parser
-from training.job import build_model, initial_weights, prepare
+from training.initial import initial_weights
+from training.job import build_model, prepare
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -186,9 +187,11 @@ def test_the_result_starts_a_training_run_whose_flags_do_not_tell_its_mlps(tmp_p
     job = prepare(args, meta=True)
     model, settings, result = job.model, job.settings, load_model(tmp_path / "moe")
     assert model.config == result.config and model.config.norm_topk_prob
-    first = dict(initial_weights(settings, {n: p.shape for n, p in model.named_parameters()}))
+    first = dict(
+        initial_weights(settings, model.config, {n: p.shape for n, p in model.named_parameters()})
+    )
     torch.testing.assert_close(first, dict(result.state_dict()), rtol=0, atol=0)
-    other = dataclasses.replace(settings, model="DiT-Ti/4")
+    other = dataclasses.replace(settings, model="DiT-Ti/4", init_strict=True)
     with pytest.raises(ValueError, match=r"moe has patch_size 2, this run 4.*DiT-Ti/4"):
         build_model(other, 1, 1)
 
@@ -212,7 +215,7 @@ def test_the_name_of_the_size_is_enough_for_a_published_file_without_a_config(
     flags = ["--data-path", "digits", "--init-from", str(path), "--model", "DiT-Ti/2"]
     job = prepare(training_parser(None).parse_args(flags), meta=True)
     shapes = {name: p.shape for name, p in job.model.named_parameters()}
-    first = dict(initial_weights(job.settings, shapes))
+    first = dict(initial_weights(job.settings, job.model.config, shapes))
     torch.testing.assert_close(first, dict(model.state_dict()), rtol=0, atol=0)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import random_model
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -301,3 +302,26 @@ def test_paging_out_what_no_file_holds_loses_nothing() -> None:
     page_out([*tensors, part])
     for tensor, values in zip([*tensors, neighbours], [*expected, whole], strict=True):
         assert torch.equal(tensor, values)
+
+
+def test_weights_of_the_hub_are_found_where_they_were_downloaded_and_else_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "hub" / "models--owner--name" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    refs = snapshot.parents[1] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("abc")
+    model = random_model()
+    (snapshot / "config.json").write_text(json.dumps(model.config.to_dict()))
+    save_safetensors(snapshot / "model.safetensors", model.state_dict(), model.config, {})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    for path in ("owner/name", "owner/name/model.safetensors"):
+        assert open_weights(path).config == model.config
+    with pytest.raises(FileError, match=r"no such file: other/name; as a hub id .*OFFLINE is set"):
+        open_weights("other/name")
+    (tmp_path / "results").mkdir()
+    with pytest.raises(FileError, match=r"no such file: results/typo$"):  # the hub is not asked
+        open_weights("results/typo")

@@ -15,6 +15,7 @@ from common.flags import (
 from models import BALANCE_TERMS, DiT_models
 from training.config_file import FLAG, ConfigParser
 from training.optimization_flags import add_schedule_flags
+from training.tuning_flags import add_rate_flags, add_start_flags
 
 
 def build_parser(docstring: str | None) -> FlagParser:
@@ -127,11 +128,7 @@ def _add_model_flags(model: FlagGroup) -> None:
         **flag,
         help="Use the flash-attn package (CUDA) for attention, not PyTorch's own kernels.",
     )
-    model.add(
-        "--init-from",
-        metavar="CKPT",
-        help="Checkpoint of any accepted layout whose averaged weights a fresh run starts from.",
-    )
+    add_start_flags(model)
 
 
 def _add_moe_flags(moe: FlagGroup) -> None:
@@ -330,6 +327,7 @@ def _add_optimizer_flags(train: FlagGroup) -> None:
         metavar="RATE",
         help="Learning rate of AdamW after the warm-up.",
     )
+    add_rate_flags(train)
     train.add(
         "--warmup-steps",
         type=number(int, 0),

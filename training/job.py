@@ -1,37 +1,35 @@
 """What both trainers need before the first step: the job that the settings describe, and the EMA.
 
 In the order a run uses them: `prepare` (flags to a `Job`: data, objective, model),
-`initial_weights`, `describe`, `Ema`. The flags are in training/settings.py, going on with a run in
-training/resume.py, the steps in training/loop.py.
+`describe`, `Ema`. The flags are in training/settings.py, the first weights in training/initial.py,
+going on with a run in training/resume.py, the steps in training/loop.py.
 """
 
 import argparse
 import copy
 import json
 import logging
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from checkpoint.layouts import known_fields, to_ours
-from checkpoint.weights import Weights, open_weights
 from common import process
 from common.errors import UserError, blamed_on
 from common.process import Runtime
 from data import VAE, ImageDataset, Pixels
 from data.latent_cache import open_data
 from diffusion import Diffusion, create_diffusion
-from models import DiT, DiT_models, DiTConfig, initialize_parameter
-from training.settings import NETWORK_FLAGS, TrainSettings, check_flags, resolve
-
-# Fields of a config that weights can be computed with otherwise than they were trained.
-COMPUTED = (
-    *("num_experts_per_tok", "capacity", "exact_thresholds", "norm_topk_prob"),
-    *("routed_scaling_factor", "balance", "qk_norm_eps"),
+from models import DiT, DiT_models
+from training.initial import (
+    check_same_network,
+    initial_weights,
+    listing,
+    open_initial,
+    plan_start,
 )
+from training.parameters import freeze, optimizer_groups
+from training.settings import NETWORK_FLAGS, TrainSettings, check_flags, resolve
 
 
 class Job(NamedTuple):
@@ -44,6 +42,7 @@ class Job(NamedTuple):
     diffusion: Diffusion
     model: DiT
     num_parameters: tuple[int, int]  # total, activated
+    start: list[str]  # lines that tell what of --init-from is taken
 
     @property
     def run_dir(self) -> Path:
@@ -80,7 +79,7 @@ def prepare(args: argparse.Namespace, *, meta: bool = False, precision: str | No
     if not meta and not args.dry_run:
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         state = model.to_empty(device="cpu").state_dict()
-        for name, value in initial_weights(settings, shapes):
+        for name, value in initial_weights(settings, model.config, shapes):
             state[name].copy_(value)
     torch.manual_seed(settings.seed + 1 + rt.rank)  # other noise, times and label drops on each
     diffusion = create_diffusion(
@@ -89,7 +88,8 @@ def prepare(args: argparse.Namespace, *, meta: bool = False, precision: str | No
         x0_range=vae.x0_range,
         time_scale=settings.time_scale,
     )
-    return Job(settings, rt, dataset, vae, diffusion, model, model.num_parameters())
+    counts, start = model.num_parameters(), told_start(settings, model)
+    return Job(settings, rt, dataset, vae, diffusion, model, counts, start)
 
 
 def build_model(settings: TrainSettings, latent_channels: int, downsample: int) -> DiT:
@@ -104,9 +104,9 @@ def build_model(settings: TrainSettings, latent_channels: int, downsample: int) 
         raise UserError(f"--image-size {settings.image_size} is not a multiple of {downsample}")
     values = {name: getattr(settings, name) for name in NETWORK_FLAGS}
     overrides = {name: value for name, value in values.items() if value is not None}
-    initial = open_initial(settings).config if settings.init_from else None
+    initial = open_initial(settings) if settings.init_from else None
     if initial is not None:
-        overrides = {name: getattr(initial, name) for name in NETWORK_FLAGS} | overrides
+        overrides = {name: getattr(initial.config, name) for name in NETWORK_FLAGS} | overrides
     with torch.device("meta"), blamed_on(f"--model {settings.model}"):
         model = DiT_models[settings.model](
             input_size=settings.image_size // downsample,
@@ -120,81 +120,24 @@ def build_model(settings: TrainSettings, latent_channels: int, downsample: int) 
     if settings.flash_attn:
         model.use_flash_attn()
     if initial is not None:
-        check_same_shapes(settings, model.config, initial)
+        check_same_network(settings, model.config, initial.config)
+    freeze(model, settings.freeze or ())
+    optimizer_groups(model.named_parameters(), settings)  # refuses patterns before any work
     return model
 
 
-def open_initial(settings: TrainSettings) -> Weights:
-    """Open the weights of `--init-from`; a published file is of the size that `--model` names."""
-    assert settings.init_from is not None
-    return open_weights(settings.init_from, known=known_fields(settings.model))
-
-
-def check_same_shapes(settings: TrainSettings, config: DiTConfig, initial: DiTConfig) -> None:
-    """Compare the model that the flags describe with that of `--init-from`.
-
-    Raises:
-        UserError: naming the first field that differs in more than what is computed.
-    """
-    free = {"class_dropout_prob", *COMPUTED}
-    ours, given = config.to_dict(), initial.to_dict()
-    for name in sorted(set(ours) - free):
-        if ours[name] != given[name]:
-            raise UserError(
-                f"--init-from {settings.init_from} has {name} {given[name]}, this run "
-                f"{ours[name]}: choose --model (now {settings.model}), the data and the MoE flags "
-                "as it has them"
-            )
+def told_start(settings: TrainSettings, model: DiT) -> list[str]:
+    """Return the lines about `--init-from`, [] without it."""
+    if not settings.init_from:
+        return []
+    initial = open_initial(settings)
+    return listing(settings, plan_start(settings, model.config, initial))
 
 
 def compile_blocks(model: DiT) -> None:
     """Compile every block in place, by `--compile`."""
     for block in model.blocks:
         block.compile(fullgraph=True)
-
-
-def initial_weights(
-    settings: TrainSettings, shapes: Mapping[str, torch.Size]
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield each parameter's first value, from `--init-from` or drawn from `--seed`.
-
-    One at a time and the same on every rank, so that a rank can keep its share of each and no
-    rank has to hold them all.
-
-    Args:
-        settings: of the run.
-        shapes: of all parameters and of what else is saved.
-
-    Raises:
-        UserError: if the weights of `--init-from` are of another model.
-    """
-    if not settings.init_from:
-        generator = torch.Generator().manual_seed(settings.seed)
-        for name, shape in shapes.items():
-            value = torch.empty(shape)
-            initialize_parameter(name, value, generator)
-            yield name, value
-        return
-    missing = set(shapes)
-    for name, value in to_ours(open_initial(settings).state):
-        if name.endswith("expert_bias") and name not in shapes:
-            continue  # this run balances otherwise
-        if shapes.get(name) != value.shape:
-            wanted = tuple(shapes[name]) if name in shapes else "no such tensor"
-            raise UserError(
-                f"--init-from {settings.init_from}: {name} has shape {tuple(value.shape)}, the "
-                f"model that the flags describe has {wanted}"
-            )
-        missing.remove(name)
-        yield name, value.float()
-    # Diffusers saves no table, and a run may balance by a bias that the file's did not have.
-    for name in sorted(n for n in missing if n == "pos_embed" or n.endswith("expert_bias")):
-        value = torch.empty(shapes[name])
-        initialize_parameter(name, value)
-        missing.remove(name)
-        yield name, value
-    if missing:
-        raise UserError(f"--init-from {settings.init_from} lacks {sorted(missing)[:5]}")
 
 
 def describe(job: Job) -> str:
@@ -207,6 +150,7 @@ def describe(job: Job) -> str:
         f"ranks: {job.rt.world_size} on {job.rt.device.type}",
         f"run folder: {job.run_dir}",
         f"parameters: {total:,} total, {activated:,} activated",
+        *job.start,
     ]
     return "\n".join(lines)
 

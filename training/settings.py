@@ -28,7 +28,7 @@ WARN_IF_CHANGED = (
     *("lr_schedule", "min_lr", "decay_steps"),
     *("weight_decay", "clip_grad", "ema_decay", "aux_loss_weight", "precision"),
     *("contrastive_loss_weight", "z_loss_weight", "capacity_loss_weight"),
-    *("bias_update_rate", "aux_loss_scope"),
+    *("bias_update_rate", "aux_loss_scope", "freeze", "lr_scale"),
 )
 # Fields of the network that a flag may leave to the model's size or the file of --init-from.
 NETWORK_FLAGS = (
@@ -70,6 +70,8 @@ class TrainSettings:
     qk_norm: bool | None
     flash_attn: bool
     init_from: str | None
+    init_strict: bool = False
+    freeze: list[str] | None = None  # parts of parameters' names
     num_experts: int | None
     num_experts_per_tok: int | None
     num_shared_experts: int | None
@@ -103,6 +105,7 @@ class TrainSettings:
     micro_batch_size: int
     accum_steps: int
     lr: float
+    lr_scale: list[str] | None = None  # PATTERN=FACTOR, see training/parameters.py
     warmup_steps: int
     lr_schedule: str = "constant"  # or "cosine", "wsd"
     min_lr: float = 0.0
@@ -324,6 +327,8 @@ NAMED_FLAGS = {
     "clip_grad": "clip",
     "ema_decay": "ema",
     "precision": "",
+    "freeze": "freeze",
+    "lr_scale": "lrscale",
 }
 HASHED_FLAGS = ("data_path", "fashion_mnist_root", "vae_path", "init_from")  # paths, too long
 MAX_NAME_BYTES = 200  # file systems allow 255
@@ -346,7 +351,11 @@ def default_run_name(args: argparse.Namespace) -> str:
     for name, label in NAMED_FLAGS.items():
         if (value := getattr(args, name)) != default(name):
             on_or_off = {True: label, False: f"no{label}"}
-            text = "-".join(value) if isinstance(value, list) else f"{label}{value}"
+            text = (
+                "-".join([*[label] * bool(label), *value])
+                if isinstance(value, list)
+                else f"{label}{value}"
+            )
             parts.append(on_or_off[value] if isinstance(value, bool) else text)
     if args.vae_path == "none" and args.data_path not in FITTING_SIZES:
         parts.append("pixels")

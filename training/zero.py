@@ -25,6 +25,7 @@ from common import process
 from common.process import Runtime
 from common.quiet import silence_accelerator
 from models import DiT
+from training.parameters import optimizer_groups
 from training.settings import TrainSettings
 from training.zero_config import zero_stage
 
@@ -102,9 +103,9 @@ def build_engine(
         partition(model, config, rt.device)
     else:
         model.to_empty(device=rt.device)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = optimizer_groups(model.named_parameters(), settings)
     optimizer = torch.optim.AdamW(
-        trained, lr=settings.lr, weight_decay=settings.weight_decay, fused=True
+        groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True
     )
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=config, dist_init_required=False
@@ -128,6 +129,7 @@ class Engine(ABC):
         wrapped: the module to train through.
         optimizer: torch's, inside the engine.
         buffers: biases and thresholds of routers by name, whole and the same on all ranks.
+        frozen: names of the parameters of `--freeze`.
         flat: the tensors that it updates.
         is_replica: another rank holds, and saves, the same.
         scaler: of the loss in float16, else None.
@@ -144,6 +146,8 @@ class Engine(ABC):
         self.wrapped, self.optimizer, self._zero = wrapped, optimizer, wrapped.optimizer
         trained = {n: p for n, p in wrapped.module.named_parameters() if p.requires_grad}
         self.buffers = dict(wrapped.module.named_buffers())
+        known = {*trained, "pos_embed"}
+        self.frozen = [n for n, _ in wrapped.module.named_parameters() if n not in known]
         self.flat, self._places = self._lay_out(trained, rt)
         self._scale_losses(fp16)
 
@@ -244,9 +248,18 @@ class Engine(ABC):
             piece = value.view(-1)[start : start + numel]
             self.flat[shard].detach().view(-1)[offset : offset + numel].copy_(piece)
 
+    def frozen_parameters(self) -> dict[str, Tensor]:
+        """Return what `--freeze` keeps as it was, whole on every rank; called on all together."""
+        values = {}
+        for name in self.frozen:
+            parameter = self.wrapped.module.get_parameter(name)
+            with self._whole(parameter):
+                values[name] = parameter.detach().to("cpu", copy=True)
+        return values
+
     @contextmanager
     def _whole(self, parameter: nn.Parameter) -> Iterator[None]:
-        """Have a frozen parameter whole, to be written."""
+        """Have a frozen parameter whole, to be read or written."""
         yield
 
     @contextmanager

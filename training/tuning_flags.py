@@ -1,0 +1,50 @@
+"""Flags of fine-tuning, which both trainers have: what a run starts from, and what it changes."""
+
+import argparse
+
+from common.flags import FlagGroup, flag, number
+
+
+def add_start_flags(model: FlagGroup) -> None:
+    """Add what a run starts from, and what stays as it was."""
+    model.add(
+        "--init-from",
+        metavar="CKPT",
+        help="Checkpoint of any accepted layout whose averaged weights a fresh run starts from. "
+        "What does not fit the data is drawn anew, and listed: label rows by class name, the "
+        "table of positions, patch and output layers by channels.",
+    )
+    model.add(
+        "--init-strict",
+        default=False,
+        **flag,
+        help="Refuse an --init-from of which something would be drawn anew.",
+    )
+    model.add(
+        "--freeze",
+        nargs="+",
+        metavar="PATTERN",
+        help="Parts of names of parameters that are not trained; * is any text: attn, "
+        "'blocks.0.*.weight'.",
+    )
+
+
+def lr_scale(text: str) -> str:
+    """Check a value of `--lr-scale`, PATTERN=FACTOR; returned as it is."""
+    pattern, equals, factor = text.rpartition("=")
+    if not (pattern and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN=FACTOR, such as router=0.1")
+    number(float, 0, 1000)(factor)
+    return text
+
+
+def add_rate_flags(train: FlagGroup) -> None:
+    """Add the rates of groups of parameters."""
+    train.add(
+        "--lr-scale",
+        type=lr_scale,
+        nargs="+",
+        metavar="PATTERN=FACTOR",
+        help="Factors of --lr for parameters by a part of their names, such as router=0.1; * is "
+        "any text, and the last that fits counts.",
+    )
