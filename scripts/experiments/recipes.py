@@ -314,6 +314,8 @@ def write_page(docs: Path) -> None:
     if 0 in done.get("dense", {}):
         draw_curves(done, docs.parent / "recipes_curves.png")
         draw_rows(docs, [*done], docs.parent / "recipes_samples.png")
+        lines += ["", "![test losses over steps](results/recipes_curves.png)"]
+        lines += ["", "![samples of seed 0](results/recipes_samples.png)"]
     before, _, rest = PAGE.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     with atomic_write(PAGE) as temp:
