@@ -4,10 +4,11 @@
     torchrun --nproc_per_node=8 encode_latents.py --data-path IMAGES --vae-path V --out LATENTS
     torchrun --nproc_per_node=8 train.py --data-path LATENTS --model DiT-S/2 --rf
 
-Keeps the mean and deviation that the VAE gives for each image and for its mirror, so that training
-draws fresh noise and flips as it does from images: the same seed gives the same batches. Ranks
-share the shards; the same command continues where it stopped. Unreadable images are listed at the
-end.
+Keeps the mean and deviation that the VAE gives for each image and for its mirror (one tensor of a
+deterministic one), so that training draws fresh noise and flips as it does from images: the same
+seed gives the same batches. Also measures mean and deviation of each channel over all of them, for
+`--latent-norm channel`. Ranks share the shards; the same command continues where it stopped.
+Unreadable images are listed at the end.
 """
 
 import argparse
@@ -40,6 +41,8 @@ from data.latent_index import (
     write_index,
 )
 
+MEASURED_AT_ONCE = 512  # images
+MIN_STD = 1e-6  # of a channel that is the same everywhere
 NUM_CHECKED = 8  # images that are encoded again at the end
 FLAGS = {  # entry of the index -> flag that decides it
     "files": "--data-path",
@@ -117,7 +120,7 @@ def _as_list(batch: list[Any]) -> list[Any]:
 
 
 def both_moments(vae: VAE, pixels: Tensor) -> Tensor:
-    """Encode images (N, 3, S, S) uint8 and their mirrors; returns (N, 2, 2, C, H, W) fp32."""
+    """Encode images (N, 3, S, S) uint8 and their mirrors; returns (N, 2, M, C, H, W) fp32."""
     images = pixels.float() / 127.5 - 1
     halves = [torch.stack(vae.moments(half), dim=1) for half in (images, images.flip(-1))]
     return torch.stack(halves, dim=1).cpu()
@@ -157,7 +160,7 @@ class Encoder:
                     self._encode_shard(shard, shard_rows(index, shard), bar)
 
     def _encode_shard(self, shard: int, rows: Sequence[int], bar: tqdm) -> None:
-        shape = (len(rows), 2, 2, *self.index["latent_shape"])
+        shape = (len(rows), 2, self.index["num_moments"], *self.index["latent_shape"])
         out = torch.zeros(shape, dtype=DTYPES[self.index["dtype"]][1]).numpy()
         unreadable = []
         silence_worker_count()
@@ -205,6 +208,23 @@ class Encoder:
         write_index(self.folder, self.index)
         for path in files:
             path.with_suffix(".json").unlink()
+        self.measure()
+
+    def measure(self) -> None:
+        """Write the index with mean and deviation of each channel over all draws of all latents."""
+        cache = CachedLatents(self.folder)
+        count, sums = 0, torch.zeros(2, self.index["latent_shape"][0], dtype=torch.float64)
+        for rows in torch.arange(len(cache)).split(MEASURED_AT_ONCE):
+            for flip in (False, True):
+                moments = cache.moments([(int(row), flip) for row in rows]).double()
+                mean, *std = moments.transpose(0, 1)  # each (N, C, H, W)
+                second = mean**2 + sum(part**2 for part in std)
+                sums += torch.stack([part.sum(dim=(0, 2, 3)) for part in (mean, second)])
+                count += mean[:, 0].numel()
+        mean, second = sums / count
+        std = (second - mean**2).clamp(min=MIN_STD**2).sqrt()
+        self.index["latent_norm"] = {"mean": mean.tolist(), "std": std.tolist()}
+        write_index(self.folder, self.index)
 
     def check(self) -> float:
         """Encode some images again; returns the largest difference from the cache.
@@ -271,8 +291,7 @@ def encode(args: argparse.Namespace, rt: process.Runtime) -> str:
     vae = load_vae(args.vae_path, device=rt.device)
     if not isinstance(vae, VAE):
         raise UserError("--vae-path none: pixels need no cache")
-    if args.image_size % vae.downsample:
-        raise UserError(f"--image-size {args.image_size} is not a multiple of {vae.downsample}")
+    vae.check_size(args.image_size)
     wanted = plan(
         dataset,
         vae,
@@ -291,6 +310,8 @@ def encode(args: argparse.Namespace, rt: process.Runtime) -> str:
         process.barrier()
         if rt.is_main:
             encoder.finish()
+    elif index.get("latent_norm") is None and rt.is_main:  # not measured before
+        encoder.measure()
     if not rt.is_main:
         return ""
     lines = [f"checked {NUM_CHECKED} images: largest difference {encoder.check():.1e}"]

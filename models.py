@@ -1141,8 +1141,8 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 PATCH_SIZES: dict[str, tuple[int, ...]] = {
     "Ti": (1, 2, 4, 8),
-    **dict.fromkeys(("S", "B", "L", "XL"), (2, 4, 8)),
-    "G": (2,),
+    **dict.fromkeys(("S", "B", "L", "XL"), (1, 2, 4, 8)),
+    "G": (1, 2),
 }
 # What other families of sparse DiTs have in common beside the dimensions of `SIZES`, and their own.
 _LATER: dict[str, Any] = {

@@ -12,6 +12,7 @@ from typing import Any
 
 from common.errors import FileError, UserError, blamed_on
 from common.files import atomic_write
+from data.latent_index import is_norm
 from models import DiTConfig
 
 FORMAT = "dit-moe config"
@@ -23,6 +24,7 @@ SETTINGS_TYPES = {
     "image_size": int,
     "time_scale": float,
     "class_names": list,
+    "latent_stats": dict,
 }
 
 
@@ -92,6 +94,10 @@ def read_settings(content: Any, source: str | Path) -> dict[str, Any]:
             _expect(settings[name], kind, name, source)
     for name in settings.get("class_names") or []:
         _expect(name, str, "class_names", source)
+    if (norm := settings.get("latent_stats")) is not None:
+        mean = norm.get("mean")
+        if not isinstance(mean, list) or not is_norm(norm, len(mean)):
+            raise FileError(f"{source}: latent_stats is not mean and std of each channel")
     if settings.get("objective") not in (None, "rf", "ddpm"):
         raise FileError(f"{source}: objective {settings['objective']!r} is neither rf nor ddpm")
     return settings

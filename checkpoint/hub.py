@@ -24,7 +24,14 @@ from torch import Tensor
 from checkpoint.described import description_path, save_description
 from checkpoint.families import has_family, mixture_difference, to_family
 from checkpoint.layouts import to_published
-from checkpoint.weights import Weights, empty_model, find_objective, place, read_blocks
+from checkpoint.weights import (
+    Weights,
+    empty_model,
+    find_latent_norm,
+    find_objective,
+    place,
+    read_blocks,
+)
 from common.errors import FileError, UserError
 from common.files import UNSEALED, atomic_write, check_folder, seal
 from data import VAE, load_vae
@@ -300,8 +307,8 @@ def save_pipeline(
         UserError: nothing at `vae_path`.
     """
     check_new(path)
-    vae = load_vae(vae_path, device="cpu")
     config, settings = weights.config, weights.settings
+    vae = load_vae(vae_path, device="cpu", norm=find_latent_norm(settings))
     objective = find_objective(settings, config, rf=None)
     with new_folder(path) as folder:
         transformer = folder / "transformer"
@@ -311,18 +318,33 @@ def save_pipeline(
         shutil.copy(FOLDER / "diffusers_pipeline" / "pipeline.py", folder)
         if isinstance(vae, VAE):
             vae.model.save_pretrained(folder / "vae")
-        model_index = {
+        model_index: dict[str, Any] = {
             "_class_name": ["pipeline", "DiTMoEPipeline"],
             "objective": objective,
             "time_scale": settings.get("time_scale"),
             "class_names": settings.get("class_names") or [],
             "transformer": ["modeling", "DiTMoE"],
-            "vae": ["diffusers", "AutoencoderKL"] if isinstance(vae, VAE) else [None, None],
+            "vae": [None, None],
         }
+        if isinstance(vae, VAE):
+            model_index["vae"] = ["diffusers", type(vae.model).__name__]
+            model_index["decoding"] = _decoding(vae)
         (folder / "model_index.json").write_text(json.dumps(model_index, indent=2) + "\n")
         lines = (ROOT / "requirements.txt").read_text().splitlines(keepends=True)
         needed = [line for line in lines if line.split(">=")[0] in PIPELINE_REQUIREMENTS]
         (folder / "requirements.txt").write_text("".join(needed))
+
+
+def _decoding(vae: VAE) -> dict[str, Any]:
+    """Return the numbers by which `VAE.decode` makes images of latents, for the pipeline's code."""
+    norms = [norm for norm in (vae.norm, vae.own_norm) if norm is not None]
+    return {
+        "norms": [{"mean": list(norm.mean), "std": list(norm.std)} for norm in norms],
+        "scale": vae.scale,
+        "shift": vae.shift,
+        "low": vae.kind.low,
+        "downsample": vae.downsample,
+    }
 
 
 def _copy_code(package: Path) -> None:
@@ -338,4 +360,5 @@ def _copy_code(package: Path) -> None:
             code = re.sub(
                 rf"^from ({ours})\b", rf"from {PIPELINE_PACKAGE}.\1", file.read_text(), flags=re.M
             )
-            target.write_text(code)
+            # Operators of this repository may be registered in the same process.
+            target.write_text(code.replace("dit_moe::", "dit_moe_pipeline::"))

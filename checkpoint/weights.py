@@ -6,7 +6,7 @@
    checked when its turn comes.
 3. `load_model`, `build_model`, `is_exact`, `place`, `add_pos_embed`: to a `DiT` in the right dtype
    on the right device; `page_out` for those who read a block at a time.
-4. `load_settings`, `find_objective`, `find_vae_path`: what else a file says.
+4. `load_settings`, `find_objective`, `find_vae_path`, `find_latent_norm`: what else a file says.
 5. `_open` and below: which layout it is. The names inside published files are in layouts.py.
 """
 
@@ -44,6 +44,7 @@ from checkpoint.state import (
 from common.errors import FileError, UserError, blamed_on
 from common.files import verify_file
 from common.process import check_memory
+from data import LatentNorm
 from models import DiT, DiTConfig, sincos_pos_embed
 
 MADV_PAGEOUT = 21  # Linux
@@ -297,6 +298,12 @@ def load_settings(path: str | Path) -> dict[str, Any]:
 def find_vae_path(settings: Mapping[str, Any], vae_path: str | None) -> str:
     """Return the flag `--vae-path`, by default that of a checkpoint's settings."""
     return vae_path or settings.get("vae_path") or DEFAULT_VAE
+
+
+def find_latent_norm(settings: Mapping[str, Any]) -> LatentNorm | None:
+    """Return what `--latent-norm channel` trained with; None where latents are only scaled."""
+    stats = settings.get("latent_stats")
+    return LatentNorm(tuple(stats["mean"]), tuple(stats["std"])) if stats else None
 
 
 def find_objective(settings: Mapping[str, Any], config: DiTConfig, rf: bool | None) -> str:

@@ -5,7 +5,7 @@ come when), `autoencoders`, `latent_cache` (encoded images, and `open_data`, all
 from in one call) and `latent_index` (what a cache is of). Knows `common` only.
 """
 
-from data.autoencoders import VAE, Pixels, draw_latents, load_vae, vae_identity
+from data.autoencoders import VAE, LatentNorm, Pixels, draw_latents, load_vae, vae_identity
 from data.datasets import FolderImages, ImageDataset, Key, TensorImages, load_dataset
 from data.latent_cache import CachedLatents, Data, open_data
 from data.latent_index import cache_index
@@ -18,6 +18,7 @@ __all__ = [
     "FolderImages",
     "ImageDataset",
     "Key",
+    "LatentNorm",
     "Pixels",
     "TensorImages",
     "TrainBatches",

@@ -2,7 +2,8 @@
 
     index.json      what the cache is of, see `plan`; "complete" once all is there
     labels.npy      (n,) int64, of all images, also those that could not be read
-    shard-00000.npy (shard_size, 2, 2, C, H, W): image and its mirror; mean and deviation, scaled
+    shard-00000.npy (shard_size, 2, M, C, H, W): image and its mirror; M = 2: mean and deviation,
+                    scaled; M = 1: the latents of a deterministic autoencoder
 
 Rows follow the image folder's order; those of unreadable images are zero and skipped. Half formats
 are kept as the bits of int16, which is all that .npy files know of bfloat16.
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from common.arrays import ArrayHeader, array_header
 from common.errors import FileError, UserError
 from common.files import verify_file
-from data.autoencoders import VAE, Pixels, draw_latents, load_vae, vae_identity
+from data.autoencoders import VAE, LatentNorm, Pixels, draw_latents, load_vae, vae_identity
 from data.datasets import FolderImages, ImageDataset, Key, load_dataset
 from data.latent_index import (
     FORMAT,
@@ -63,6 +64,7 @@ def plan(
         "scale": vae.scale,
         "shift": vae.shift,
         "latent_shape": [vae.channels, side, side],
+        "num_moments": 1 if vae.deterministic else 2,
         "dtype": dtype,
         "shard_size": shard_size,
         "complete": False,
@@ -140,7 +142,8 @@ class CachedLatents(ImageDataset):
     def _header(self, shard: int) -> ArrayHeader:
         """Make sure that a shard is there and as large as it should be; its values are not read."""
         path, stored = shard_path(self.folder, shard), DTYPES[self.index["dtype"]][1]
-        shape = (len(shard_rows(self.index, shard)), 2, 2, *self.index["latent_shape"])
+        parts = (2, self.index["num_moments"])  # image and mirror; mean and deviation
+        shape = (len(shard_rows(self.index, shard)), *parts, *self.index["latent_shape"])
         try:
             with open(path, "rb") as file:
                 header, size = array_header(file), os.fstat(file.fileno()).st_size
@@ -181,7 +184,7 @@ class CachedLatents(ImageDataset):
             )
 
     def _mapped(self, shard: int) -> Tensor:
-        """Return the rows of a shard, (rows, 2, 2, C, H, W); torch's maps keep no file open."""
+        """Return the rows of a shard, (rows, 2, M, C, H, W); torch's maps keep no file open."""
         if shard not in self._shards:
             header, path = self._header(shard), shard_path(self.folder, shard)
             stored = DTYPES[self.index["dtype"]][1]
@@ -191,7 +194,7 @@ class CachedLatents(ImageDataset):
         return self._shards[shard]
 
     def moments(self, keys: Sequence[Key]) -> Tensor:
-        """Return mean and deviation (N, 2, C, H, W) fp32 of N samples."""
+        """Return mean and deviation (N, M, C, H, W) fp32 of N samples."""
         parts = []
         for index, flip in keys:
             shard, row = divmod(int(self.rows[index]), self.index["shard_size"])
@@ -199,14 +202,13 @@ class CachedLatents(ImageDataset):
         return from_stored(torch.stack(parts), self.index["dtype"])
 
     def __getitems__(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor]:
-        """Return a batch: moments (N, 2, C, H, W) fp32, labels (N,) int64."""
+        """Return a batch: moments (N, M, C, H, W) fp32, labels (N,) int64."""
         indices = torch.tensor([index for index, _ in keys])
         return self.moments(keys), self.labels[indices]
 
     def latents(self, batch: Tensor, vae: VAE | Pixels) -> Tensor:
         """Draw latents (N, C, H, W) from the moments of a batch, as the VAE does from images."""
-        mean, std = batch.unbind(dim=1)
-        return draw_latents(mean, std)
+        return draw_latents(vae.normalize(batch.unbind(dim=1)))
 
 
 class Data(NamedTuple):
@@ -215,6 +217,20 @@ class Data(NamedTuple):
     dataset: ImageDataset  # images, or the moments of their latents
     vae: VAE | Pixels
     vae_path: str
+
+    def latent_norm(self) -> LatentNorm:
+        """Return the mean and deviation of each channel that encode_latents.py measured.
+
+        Raises:
+            UserError: it did not.
+        """
+        index = self.dataset.index if isinstance(self.dataset, CachedLatents) else {}
+        if index.get("latent_norm") is None:
+            raise UserError(
+                "--latent-norm channel: --data-path has no mean and deviation of its channels; "
+                "give a cache of encode_latents.py (an older one learns them by its same command)"
+            )
+        return LatentNorm(*(tuple(index["latent_norm"][name]) for name in ("mean", "std")))
 
 
 def open_data(

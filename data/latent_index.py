@@ -5,12 +5,15 @@ data_path, files the image folder (absolute), a hash of its files' names
 class_names, num_images, image_size
 vae_path, vae    where the VAE came from, a hash of its weights; scale and shift are in that hash
 latent_shape     [C, H, W]; dtype; shard_size, images a shard
+num_moments      2, mean and deviation; 1 of a deterministic autoencoder; 2 before version 3
+latent_norm      {"mean": [C], "std": [C]} of all latents; none before version 3
 unreadable       [{"index": number of the image, "error": why}]
 checksums        {file: its CRC-32} of all shards and labels.npy; none before version 2
 complete         false until all is there
 """
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from typing import Any
 from common.errors import FileError
 from common.files import atomic_write
 
-FORMAT, VERSION = "dit-moe latents", 2
+FORMAT, VERSION = "dit-moe latents", 3
 LABELS = "labels.npy"
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -54,9 +57,22 @@ ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "latent_shape": (lambda v: _list_of(_count)(v) and len(v) == 3, "three positive integers"),
     "dtype": (lambda v: _text(v) and v in DTYPES, f"one of {', '.join(DTYPES)}"),
     "shard_size": (_count, "a positive integer"),
+    "num_moments": (_count, "1 or 2"),
     "complete": (lambda v: isinstance(v, bool), "true or false"),
     "unreadable": (_list_of(_problem), 'a list of {"index", "error"}'),
 }
+
+
+def is_norm(value: Any, channels: int) -> bool:
+    """Tell whether a value is {"mean": [C], "std": [C]} of numbers, the second ones positive."""
+    if not isinstance(value, dict) or value.keys() != {"mean", "std"}:
+        return False
+    return all(
+        isinstance(part, list)
+        and len(part) == channels
+        and all(isinstance(x, int | float) and math.isfinite(x) for x in part)
+        for part in value.values()
+    ) and all(x > 0 for x in value["std"])
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -94,6 +110,7 @@ def cache_index(path: str | Path) -> dict[str, Any] | None:
         )
     if "bad" in index:  # version 1
         index["unreadable"] = index.pop("bad")
+    index.setdefault("num_moments", 2)
     _check(index, file)
     return index
 
@@ -106,6 +123,11 @@ def _check(index: dict[str, Any], file: Path) -> None:
     outside = [e["index"] for e in index["unreadable"] if not 0 <= e["index"] < index["num_images"]]
     if outside:
         raise FileError(f"{file}: unreadable names image {outside[0]} of {index['num_images']}")
+    if index["num_moments"] > 2:
+        raise FileError(f"{file}: num_moments is {index['num_moments']}, not 1 or 2")
+    norm, channels = index.get("latent_norm"), index["latent_shape"][0]
+    if norm is not None and not is_norm(norm, channels):
+        raise FileError(f"{file}: latent_norm is not mean and std of {channels} channels")
     checksums = index.get("checksums", {})
     if not isinstance(checksums, dict) or not all(map(_text, checksums.values())):
         raise FileError(f"{file}: checksums is not an object of texts")

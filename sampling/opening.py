@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from checkpoint.layouts import check_told, known_fields
-from checkpoint.weights import find_objective, find_vae_path, open_weights
+from checkpoint.weights import find_latent_norm, find_objective, find_vae_path, open_weights
 from common import process
 from common.errors import UserError
 from common.flags import FlagGroup, FlagParser, dtype_flag, flag, model_size, number
@@ -138,7 +138,12 @@ def open_run(
     check_options(weights, device, quantize=quantize, offload=offload)
     objective = find_objective(settings, config, rf)
     vae_path = find_vae_path(settings, vae_path)
-    vae = load_vae(vae_path, device=device, model_channels=config.in_channels)
+    vae = load_vae(
+        vae_path,
+        device=device,
+        model_channels=config.in_channels,
+        norm=find_latent_norm(settings),
+    )
     if told.get("image_size") not in (None, size := config.input_size * vae.downsample):
         raise UserError(f"--image-size {told['image_size']}: {path} has {size}")
     model = build_for_sampling(

@@ -95,6 +95,57 @@ def save_tiny_vae(folder: Path) -> Path:
     return folder
 
 
+def save_autoencoder(folder: Path, kind: str) -> Path:
+    """Write a random autoencoder of one of the classes that diffusers has.
+
+    Args:
+        folder: to write.
+        kind: "kl16" (16 channels with a shift), "kl4" (a mean and deviation for each channel), "dc"
+            or "tiny", which are deterministic. All make latents 4 times smaller.
+    """
+    import diffusers
+
+    torch.manual_seed(0)
+    kl: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "block_out_channels": (8,) * 3,
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+    }
+    scale = {"latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [0.5, 1.0, 2.0, 4.0]}
+    model: Any
+    if kind == "kl16":
+        more: dict[str, Any] = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
+        more |= {"use_quant_conv": False, "use_post_quant_conv": False}
+        model = diffusers.AutoencoderKL(**kl, latent_channels=16, **more)
+    elif kind == "kl4":
+        model = diffusers.AutoencoderKL(**kl, latent_channels=4, **scale)
+    elif kind == "dc":
+        three: dict[str, Any] = {
+            f"{side}_{name}": value
+            for side in ("encoder", "decoder")
+            for name, value in {
+                "block_out_channels": (8, 8, 16),
+                "layers_per_block": (1, 1, 1),
+                "qkv_multiscales": ((), (), ()),
+            }.items()
+        }
+        model = diffusers.AutoencoderDC(
+            latent_channels=8, attention_head_dim=8, scaling_factor=0.4, **three
+        )
+    else:
+        model = diffusers.AutoencoderTiny(
+            latent_channels=4,
+            encoder_block_out_channels=(8,) * 3,
+            decoder_block_out_channels=(8,) * 3,
+            num_encoder_blocks=(1, 1, 1),
+            num_decoder_blocks=(1, 1, 1),
+        )
+    model.save_pretrained(folder)
+    return folder
+
+
 def save_image_folder(
     folder: Path, num_classes: int, per_class: int, size: Callable[[int, int], tuple[int, int]]
 ) -> Path:

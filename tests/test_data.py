@@ -17,7 +17,15 @@ from PIL import Image
 
 from common.errors import UserError
 from common.network import why_unreachable
-from data import TrainBatches, autoencoders, datasets, load_dataset, load_vae, make_loader
+from data import (
+    TrainBatches,
+    autoencoders,
+    datasets,
+    load_dataset,
+    load_vae,
+    make_loader,
+    vae_files,
+)
 from train import DdpTrainer
 from training.flags import build_parser
 from training.loop import launch
@@ -439,11 +447,16 @@ def changed_vae(vae_folder, to, **entries):
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"_class_name": "AutoencoderDC"}, "is of class AutoencoderDC; only AutoencoderKL"),
-        ({"_class_name": "AutoencoderTiny"}, "is of class AutoencoderTiny; only AutoencoderKL"),
+        ({"_class_name": "AutoencoderDC"}, "does not load: "),  # of other weights
+        (
+            {"_class_name": "VQModel"},
+            "is of class VQModel; supported are AutoencoderKL, .*DC, .*Tiny",
+        ),
         ({"_class_name": ["x"]}, r"is of class \['x'\]"),
-        ({"latents_mean": [0.0, 1.0, 2.0, 3.0]}, "has latents_mean, a scale for each channel"),
-        ({"latents_std": [1.0] * 4}, "has latents_std, a scale for each channel"),
+        ({"latents_mean": [0.0, 1.0, 2.0, 3.0]}, "has latents_std None, not one number for each"),
+        ({"latents_std": [1.0] * 4}, "has latents_mean None, not one number for each"),
+        ({"latents_mean": [0.0] * 4, "latents_std": [1.0] * 3}, "not one number for each latent"),
+        ({"latents_mean": [0.0] * 4, "latents_std": [0.0] * 4}, "no 0, and one of the two"),
         ({"scaling_factor": 0.0}, r"has scaling_factor 0\.0"),
         ({"scaling_factor": "1"}, "has scaling_factor '1'"),
         ({"shift_factor": math.nan}, "has shift_factor nan"),
@@ -504,7 +517,7 @@ def test_a_downloaded_vae_loads_without_a_network(vae_folder, tmp_path, monkeypa
     shutil.copytree(vae_folder, tmp_path / "files" / subfolder, dirs_exist_ok=True)
     write_hub_cache(tmp_path / "hub", "someone/vae", tmp_path / "files")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(autoencoders, "why_unreachable", lambda url: "no network")
+    monkeypatch.setattr(vae_files, "why_unreachable", lambda url: "no network")
     assert open_vae("someone/vae").channels == 4
 
 

@@ -281,7 +281,7 @@ def test_labels_that_are_missing_or_of_another_kind_are_named(cache: Path, tmp_p
         ({"vae": None}, "vae is None, not a text"),
         ({"data_path": "../images"}, r"data_path is '\.\./images', not an absolute path"),
         ({"data_path": "/data/../etc"}, "not an absolute path without"),
-        ({"version": 99}, "version 99, this code reads 1 to 2"),
+        ({"version": 99}, "version 99, this code reads 1 to 3"),
         ({"version": "2"}, "version '2', this code reads"),
     ],
 )

@@ -93,9 +93,8 @@ def test_saved_settings_are_plain_json_with_the_keys_of_before(tmp_path: Path) -
     assert json.loads(json.dumps(saved)) == saved
     only_asked = {"dry_run", "rf"}  # of the command; the objective tells the second
     given = set(vars(parse())) - only_asked
-    assert given | {"objective", "class_names", "data_fingerprint"} == set(saved) - {
-        "deepspeed_config"
-    }
+    found = {"objective", "class_names", "data_fingerprint", "latent_stats"}
+    assert given | found == set(saved) - {"deepspeed_config"}
     assert saved["objective"] == "rf"
 
 
@@ -108,6 +107,7 @@ OTHER_RUN = {
     "fashion_mnist_root": "folder",
     "flip": "True",
     "vae_path": "other/vae",
+    "latent_norm": "channel",
     "model": "DiT-Ti/4",
     "num_classes": "11",
     "class_dropout_prob": "0.2",

@@ -19,7 +19,7 @@ from common.flags import FlagParser
 
 FLAG = "--config"
 # What args.json says beside flags: found again from the data, or another way to say --rf.
-FOUND_AGAIN = ("class_names", "data_fingerprint")
+FOUND_AGAIN = ("class_names", "data_fingerprint", "latent_stats")
 
 
 class ConfigParser(FlagParser):

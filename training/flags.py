@@ -15,7 +15,7 @@ from common.flags import (
 from models import BALANCE_TERMS, DiT_models
 from training.config_file import FLAG, ConfigParser
 from training.optimization_flags import add_schedule_flags
-from training.tuning_flags import add_rate_flags, add_start_flags
+from training.tuning_flags import add_latent_flags, add_rate_flags, add_start_flags
 
 
 def build_parser(docstring: str | None) -> FlagParser:
@@ -76,6 +76,7 @@ def _add_data_flags(data: FlagGroup) -> None:
         help="Folder or hub id of the autoencoder whose latents are modelled; none trains on "
         "pixels. Default: stabilityai/sd-vae-ft-ema for folders, none for embedded sets.",
     )
+    add_latent_flags(data)
     data.add(
         "--skip-broken",
         default=False,

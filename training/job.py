@@ -14,11 +14,12 @@ from typing import NamedTuple
 
 import torch
 
+from checkpoint.layouts import known_fields
+from checkpoint.weights import find_latent_norm, open_weights
 from common import process
 from common.errors import UserError, blamed_on
 from common.process import Runtime
-from data import VAE, ImageDataset, Pixels
-from data.latent_cache import open_data
+from data import VAE, Data, ImageDataset, LatentNorm, Pixels, open_data
 from diffusion import Diffusion, create_diffusion
 from models import DiT, DiT_models
 from training.initial import (
@@ -65,7 +66,7 @@ def prepare(args: argparse.Namespace, *, meta: bool = False, precision: str | No
     rt = process.setup()
     level = logging.INFO if rt.is_main else logging.WARNING
     logging.basicConfig(level=level, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S")
-    dataset, vae, vae_path = open_data(
+    data = open_data(
         args.data_path,
         device=rt.device,
         vae_path=args.vae_path,
@@ -74,7 +75,12 @@ def prepare(args: argparse.Namespace, *, meta: bool = False, precision: str | No
         fashion_mnist_root=args.fashion_mnist_root,
         skip_broken=args.skip_broken,
     )
-    settings = resolve(args, rt, dataset, vae_path=vae_path, precision=precision)
+    dataset, vae, vae_path = data
+    norm = find_norm(args, data)
+    settings = resolve(args, rt, dataset, vae_path=vae_path, precision=precision, latent_norm=norm)
+    if isinstance(vae, VAE):
+        vae.norm = norm
+        vae.check_size(settings.image_size)
     model = build_model(settings, vae.channels or dataset.channels, vae.downsample)
     if not meta and not args.dry_run:
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -90,6 +96,24 @@ def prepare(args: argparse.Namespace, *, meta: bool = False, precision: str | No
     )
     counts, start = model.num_parameters(), told_start(settings, model)
     return Job(settings, rt, dataset, vae, diffusion, model, counts, start)
+
+
+def find_norm(args: argparse.Namespace, data: Data) -> LatentNorm | None:
+    """Return what `--latent-norm` divides by: what `--init-from` learned with, else the cache's.
+
+    Raises:
+        UserError: channel, and nothing tells it.
+    """
+    initial = None
+    if args.init_from:
+        initial = find_latent_norm(
+            open_weights(args.init_from, known=known_fields(args.model)).settings
+        )
+    if initial and len(initial.mean) != data.vae.channels:
+        initial = None
+    if (args.latent_norm or ("channel" if initial else "none")) == "none":
+        return None
+    return initial or data.latent_norm()
 
 
 def build_model(settings: TrainSettings, latent_channels: int, downsample: int) -> DiT:
@@ -143,7 +167,8 @@ def compile_blocks(model: DiT) -> None:
 def describe(job: Job) -> str:
     """Return the settings and parameter counts that `--dry-run` prints."""
     total, activated = job.num_parameters
-    settings = {k: v for k, v in job.settings.to_dict().items() if k != "class_names"}
+    long = ("class_names", "latent_stats")
+    settings = {k: v for k, v in job.settings.to_dict().items() if k not in long}
     lines = [
         json.dumps(settings, indent=2, sort_keys=True),
         f"data: {len(job.dataset):,} images, {job.dataset.num_classes} classes",

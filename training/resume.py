@@ -97,7 +97,7 @@ def check_resumable(job: Job, path: Path, config: dict[str, Any], settings: dict
                 "with this, or another --run-name to start anew"
             )
         logging.warning("%s%s", text, difference)
-    names = ("objective", "time_scale")
+    names = ("objective", "time_scale", "latent_stats")
     ours = {**job.model.config.to_dict(), **{name: getattr(job.settings, name) for name in names}}
     # Read as a config: JSON has lists for tuples, and older versions lack fields that came later.
     theirs = {

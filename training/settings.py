@@ -18,7 +18,7 @@ from checkpoint.weights import open_weights
 from common import process
 from common.errors import FileError, UserError
 from common.process import Runtime
-from data import FolderImages, ImageDataset
+from data import FolderImages, ImageDataset, LatentNorm
 from data.latent_cache import CachedLatents
 from training.flags import build_parser
 
@@ -58,6 +58,8 @@ class TrainSettings:
     fashion_mnist_root: str | None
     flip: bool | None
     vae_path: str  # "none": the model works on pixels
+    latent_norm: str = "none"  # or "channel"
+    latent_stats: dict[str, list[float]] | None = None  # by which "channel" divides
     skip_broken: bool
     num_workers: int
     class_names: list[str]
@@ -210,6 +212,7 @@ def resolve(
     *,
     vae_path: str,
     precision: str | None,
+    latent_norm: LatentNorm | None = None,
 ) -> TrainSettings:
     """Fill in every default that depends on the data, the machine or other flags.
 
@@ -219,6 +222,7 @@ def resolve(
         dataset: that `args` name.
         vae_path: the flag, or the data's own.
         precision: the flag, or what the engine prescribes.
+        latent_norm: of `find_norm`.
 
     Raises:
         UserError: naming the flag, if a value does not fit the data or the ranks.
@@ -238,6 +242,8 @@ def resolve(
     resolved = {
         "image_size": dataset.image_size,
         "vae_path": vae_path,
+        "latent_norm": "channel" if latent_norm else "none",
+        "latent_stats": latent_norm and {n: list(v) for n, v in latent_norm._asdict().items()},
         "num_workers": num_workers if args.num_workers is None else args.num_workers,
         "class_names": dataset.class_names,
         "data_fingerprint": dataset.fingerprint(),
@@ -293,6 +299,7 @@ def resolve_precision(name: str | None, rt: Runtime) -> str:
 NAMED_FLAGS = {
     "image_size": "px",
     "flip": "flip",
+    "latent_norm": "norm",
     "num_classes": "classes",
     "class_dropout_prob": "drop",
     "qk_norm": "qknorm",

@@ -5,6 +5,16 @@ import argparse
 from common.flags import FlagGroup, flag, number
 
 
+def add_latent_flags(data: FlagGroup) -> None:
+    """Add how latents are scaled."""
+    data.add(
+        "--latent-norm",
+        choices=("none", "channel"),
+        help="Bring each channel of the latents to mean 0 and deviation 1, as encode_latents.py "
+        "measured them, or leave the autoencoder's own scale. Default: as --init-from, else none.",
+    )
+
+
 def add_start_flags(model: FlagGroup) -> None:
     """Add what a run starts from, and what stays as it was."""
     model.add(

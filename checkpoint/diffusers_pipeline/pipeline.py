@@ -14,7 +14,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from PIL import Image
 from torch import Tensor
 
-DECODE_CHUNK_PIXELS = 16 * 32 * 32  # latent pixels decoded at once, as sample.py does
+DECODE_CHUNK_PIXELS = 16 * 32 * 32  # latent pixels of 8 x 8 decoded at once, as sample.py does
 
 
 class DiTMoEPipeline(DiffusionPipeline):
@@ -32,15 +32,17 @@ class DiTMoEPipeline(DiffusionPipeline):
         objective: str = "rf",
         class_names: list[str] | None = None,  # diffusers knows no Sequence
         time_scale: float | None = None,
+        decoding: dict[str, Any] | None = None,
     ) -> None:
         """Put the parts together.
 
         Args:
             transformer: a `DiTMoE`.
-            vae: an AutoencoderKL, None for a model of pixels.
+            vae: an autoencoder, None for a model of pixels.
             objective: "rf" or "ddpm".
             class_names: names that labels may be given by.
             time_scale: of rectified flow; None: 1.
+            decoding: how latents become the VAE's codes: norms of channels, scale, shift.
         """
         super().__init__()
         if vae is not None:
@@ -48,7 +50,10 @@ class DiTMoEPipeline(DiffusionPipeline):
             vae.float().requires_grad_(False)
         self.register_modules(transformer=transformer, vae=vae)
         self.register_to_config(
-            objective=objective, class_names=class_names or [], time_scale=time_scale
+            objective=objective,
+            class_names=class_names or [],
+            time_scale=time_scale,
+            decoding=decoding or {},
         )
         diffusion = importlib.import_module("dit_moe.diffusion")
         learn_sigma = transformer.dit.config.learn_sigma
@@ -118,11 +123,20 @@ class DiTMoEPipeline(DiffusionPipeline):
         """Return (N, C, S, S) fp32 images in [-1, 1] on the CPU."""
         if self.vae is None:
             return latents.clamp(-1, 1).cpu()
-        config = self.vae.config
-        codes = latents / config.scaling_factor + (config.shift_factor or 0.0)
-        parts = codes.split(max(1, DECODE_CHUNK_PIXELS // codes[0, 0].numel()))
-        images = [self.vae.decode(part.to(self.vae.dtype)).sample.float() for part in parts]
-        return torch.cat(images).clamp(-1, 1).cpu()
+        how, codes = self.config.decoding, latents
+        for norm in how["norms"]:
+            mean, std = (
+                torch.tensor(norm[name], dtype=codes.dtype, device=codes.device).view(-1, 1, 1)
+                for name in ("mean", "std")
+            )
+            codes = codes * std + mean
+        codes = codes / how["scale"] + how["shift"]
+        pixels = codes[0, 0].numel() * how["downsample"] ** 2
+        parts = codes.split(max(1, DECODE_CHUNK_PIXELS * 8**2 // pixels))
+        images = torch.cat(
+            [self.vae.decode(part.to(self.vae.dtype)).sample.float() for part in parts]
+        )
+        return (images if how["low"] else 2 * images - 1).clamp(-1, 1).cpu()
 
 
 def to_pil(images: np.ndarray) -> list[Image.Image]:
