@@ -625,8 +625,10 @@ class TopKRouter(nn.Module):
     @property
     def matrix(self) -> Tensor:
         """(E, D): the rows of the linear map, or the prototypes."""
-        name = "prototypes" if self.config.affinity == "cosine" else "weight"
-        return self.get_parameter(name)
+        matrix: Tensor = getattr(
+            self, "prototypes" if self.config.affinity == "cosine" else "weight"
+        )
+        return matrix
 
     def _choose_tokens(
         self, scores: Tensor, tokens: Tensor, aux_losses: dict[str, Tensor]
@@ -852,10 +854,12 @@ class MoE(nn.Module):
         # order has other bits, and a run would not resume as if it had never stopped.
         routing = self.router(tokens.view_as(x), is_null)  # (M, S) experts and weights
         chosen = routing.expert_indices, routing.expert_weights, routing.num_rows
-        out = self.experts(tokens, *chosen)  # (M, D)
+        rounded = cast_for(self.experts.down_proj, tokens)  # once, for both kinds of experts
+        out = self.experts(rounded, *chosen)  # (M, D)
         out = out.view_as(x)  # (N, T, D)
         if self.shared_experts is not None:
-            out = out + self.shared_experts(x)  # (N, T, D)
+            shared = x if rounded is tokens else rounded.view_as(x)
+            out = out + self.shared_experts(shared)  # (N, T, D)
         return out, routing.aux_losses
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_ops.grouped import grouped_linear
+from moe_ops.matmul import grouped_linear, place_offsets
 
 
 class RowPlan(NamedTuple):
@@ -88,7 +88,7 @@ def swiglu_choice(
     expert_weights: Tensor,
     num_rows: int,
 ) -> Tensor:
-    """Do what `swiglu_grouped` does where slots may be empty.
+    """Do what `swiglu_rows` does where slots may be empty.
 
     Args:
         x: (M, D) tokens; its dtype is the one computed in.
@@ -101,14 +101,15 @@ def swiglu_choice(
         (M, D): the weighted sum over the token's experts, 0 for a token without any.
     """
     plan = plan_rows(expert_indices, len(gate_up_proj), num_rows)
+    offsets = place_offsets(plan.offsets, x)
     gate_up_proj, down_proj = gate_up_proj.to(x.dtype), down_proj.to(x.dtype)
     void = (plan.experts == len(gate_up_proj))[:, None]  # (R, 1): grouped matmuls leave them unset
     rows = _Dispatch.apply(x, *plan)  # (R, D)
-    hidden = grouped_linear(rows, gate_up_proj, plan.offsets).masked_fill(void, 0)
+    hidden = grouped_linear(rows, gate_up_proj, offsets).masked_fill(void, 0)
     gate, up = hidden.chunk(2, dim=-1)
     row_weights = expert_weights.to(x.dtype).flatten().index_select(0, plan.slots)[:, None]
     hidden = (F.silu(gate) * up * row_weights).masked_fill(void, 0)
-    return _Combine.apply(grouped_linear(hidden, down_proj, plan.offsets), *plan)
+    return _Combine.apply(grouped_linear(hidden, down_proj, offsets), *plan)
 
 
 def gelu_choice(
@@ -128,6 +129,7 @@ def gelu_choice(
     """
     num_experts = len(up_proj)
     plan = plan_rows(expert_indices, num_experts, num_rows)
+    offsets = place_offsets(plan.offsets, x)
     weights = (up_proj, up_bias, down_proj, down_bias, expert_weights)
     up_proj, up_bias, down_proj, down_bias, expert_weights = (w.to(x.dtype) for w in weights)
     void = (plan.experts == num_experts)[:, None]  # (R, 1): grouped matmuls leave these rows unset
@@ -135,7 +137,7 @@ def gelu_choice(
     is_expert = (plan.experts[:, None] == every).to(x.dtype)  # (R, E)
     row_weights = expert_weights.flatten().index_select(0, plan.slots)[:, None]
     rows = _Dispatch.apply(x, *plan)  # (R, D)
-    hidden = grouped_linear(rows, up_proj, plan.offsets).masked_fill(void, 0) + is_expert @ up_bias
+    hidden = grouped_linear(rows, up_proj, offsets).masked_fill(void, 0) + is_expert @ up_bias
     hidden = (F.gelu(hidden, approximate="tanh") * row_weights).masked_fill(void, 0)
-    out_rows = grouped_linear(hidden, down_proj, plan.offsets)
+    out_rows = grouped_linear(hidden, down_proj, offsets)
     return _Combine.apply(out_rows + (is_expert * row_weights) @ down_bias, *plan)

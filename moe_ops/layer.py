@@ -1,19 +1,15 @@
 """What the network calls: routed experts of both forms and one MLP that sees every token.
 
-The only place that chooses a path: CPUs run segments, everything else grouped matmuls. GELU
-experts, those of upcycled dense networks and of later families, are grouped on every device, and so
-are all where a token may have any number of experts.
+Where a token may have any number of experts it is `choice`; else `fused` or `gelu`.
 """
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moe_ops.choice import gelu_choice, swiglu_choice
-from moe_ops.dense import swiglu_dense
-from moe_ops.grouped import gelu_grouped, swiglu_grouped
-from moe_ops.plan import sort_by_expert
-from moe_ops.segments import swiglu_segments
+from moe_ops.fused import swiglu_rows
+from moe_ops.gelu import gelu_grouped
+from moe_ops.matmul import place_offsets
+from moe_ops.plan import DispatchPlan, sort_by_expert
 
 
 def swiglu_experts(
@@ -45,13 +41,14 @@ def swiglu_experts(
     expert_weights = expert_weights.to(x.dtype)
     if num_rows is not None:
         return swiglu_choice(x, gate_up_proj, down_proj, expert_indices, expert_weights, num_rows)
-    plan = sort_by_expert(expert_indices, gate_up_proj.shape[0])
-    if x.device.type == "cpu":
-        keep_hidden = _needs_grad(x, gate_up_proj, down_proj, expert_weights)
-        return swiglu_segments(
-            x, gate_up_proj, down_proj, expert_weights, plan.order, plan.offsets, keep_hidden
-        )[0]
-    return swiglu_grouped(x, gate_up_proj, down_proj, expert_weights, plan)
+    plan = plan_dispatch(x, expert_indices, len(gate_up_proj))
+    return swiglu_rows(x, gate_up_proj, down_proj, expert_weights, plan)
+
+
+def plan_dispatch(x: Tensor, expert_indices: Tensor, num_experts: int) -> DispatchPlan:
+    """Plan where the tokens go, (M, D) by (M, K) of E experts, and how the matmuls find them."""
+    plan = sort_by_expert(expert_indices, num_experts)
+    return plan._replace(offsets=place_offsets(plan.offsets, x))
 
 
 def gelu_experts(
@@ -83,7 +80,7 @@ def gelu_experts(
     chosen = expert_indices, expert_weights.to(x.dtype)
     if num_rows is not None:
         return gelu_choice(x, *weights, *chosen, num_rows)
-    return gelu_grouped(x, *weights, *chosen, sort_by_expert(expert_indices, len(up_proj)))
+    return gelu_grouped(x, *weights, *chosen, plan_dispatch(x, expert_indices, len(up_proj)))
 
 
 def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -97,12 +94,4 @@ def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         (..., D).
     """
     gate_up, down = gate_up.to(x.dtype), down.to(x.dtype)
-    if x.device.type == "cpu":
-        tokens = x.reshape(-1, x.shape[-1])
-        return swiglu_dense(tokens, gate_up, down, _needs_grad(x, gate_up, down))[0].view_as(x)
-    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, down)
-
-
-def _needs_grad(*inputs: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    return swiglu_rows(x.reshape(-1, x.shape[-1]), gate_up, down).view_as(x)

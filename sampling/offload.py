@@ -157,18 +157,19 @@ class Int8Experts(nn.Module):
         num_rows: int | None = None,
     ) -> Tensor:
         """Send (M, D) tokens through their experts, see `Routing`; returns the (M, D) sum."""
-        x, k = x.to(self.dtype), expert_indices.shape[1]
+        x = x.to(self.dtype)
         plan = sort_by_expert(expert_indices, len(self.up))
         ends = plan.offsets.tolist()
         order = plan.order[: ends[-1]]  # (R,), without empty slots, which come last
-        rows = x.index_select(0, order // k)  # (R, D)
+        tokens = plan.tokens[: ends[-1]]
+        rows = x.index_select(0, tokens)  # (R, D)
         row_weights = expert_weights.to(x.dtype).flatten().index_select(0, order)[:, None]
         experts = zip(self.up, self.down, rows.tensor_split(ends[:-1]), strict=True)
         out = [down(self._activate(up(part))) for up, down, part in experts if len(part)]
         weighted = torch.cat(out) * row_weights
         if num_rows is None:
-            return sum_rows(weighted, plan.inverse, k)
-        return torch.zeros_like(x).index_add_(0, order // k, weighted)
+            return sum_rows(weighted, plan.inverse, plan.starts)
+        return torch.zeros_like(x).index_add_(0, tokens, weighted)
 
     def _activate(self, hidden: Tensor) -> Tensor:
         if self.is_gelu:

@@ -1,5 +1,6 @@
 """A training step on a GPU never waits for the host: no copy to or from it, no value read.
 
+But for the ends of the experts' segments, once a layer, where the GPU has no grouped matmul.
 Run on fake CUDA tensors, which have shapes and a device but no values, so no GPU is needed.
 """
 
@@ -91,6 +92,7 @@ def train_step(model: DiT, diffusion: Diffusion, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("depth", "options", "dtype"),
     [
+        (2, {}, torch.bfloat16),
         (2, {}, torch.float32),
         (2, {"mlp_type": "gelu"}, torch.bfloat16),
         (2, {"num_experts": 0}, torch.bfloat16),
@@ -109,6 +111,7 @@ def test_a_training_step_on_a_gpu_has_no_host_traffic(
     # autocast asks whether there is a GPU
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_, **__: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (9, 0))
     sizes = {"input_size": 8, "hidden_size": 32, "num_heads": 2, "num_classes": 5}
     config = DiTConfig(**{**sizes, "depth": depth, "num_experts": 4, **options})
     with FakeTensorMode(allow_non_fake_inputs=False):
@@ -118,8 +121,13 @@ def test_a_training_step_on_a_gpu_has_no_host_traffic(
         train_step(model, diffusion, dtype)  # the first one may copy tables
         with HostTraffic() as traffic:
             train_step(model, diffusion, dtype)
-    assert traffic.found == []
-    assert traffic.num_operators > 300 * depth
+    # the offsets, forward; all that the backward does with them is on the host
+    reads = 0 if dtype == torch.bfloat16 else depth
+    copies = ["aten::_to_copy on ['cpu', 'cuda:0']"] * reads
+    on_host = [f"dit_moe::grouped_{kind} on ['cpu', 'cuda:0']" for kind in ("linear", "outer")]
+    assert [found for found in traffic.found if found not in on_host] == copies
+    assert (traffic.found == []) == (reads == 0)
+    assert traffic.num_operators > 150 * depth
     trained = [p for p in model.parameters() if p.requires_grad]
     assert all(p.grad is not None and p.grad.is_cuda for p in trained)
     assert len(counter.counts) == (depth if config.num_experts else 0)

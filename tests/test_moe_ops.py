@@ -1,6 +1,7 @@
-"""The routed layer against a loop over single tokens, on its CPU path and on its GPU path.
+"""The routed layer against a loop over single tokens, with both ways of the experts' matmuls.
 
-The GPU path is called by name here: all its operations run on a CPU too.
+torch's grouped matmul, which only some GPUs have a kernel for, runs on a CPU too, so it is tested
+here.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,25 +14,19 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_ops import (
+    activate,
+    activate_backward,
     exact_linear,
+    expert_matmuls,
     grouped_linear,
     sort_by_expert,
+    swiglu,
     swiglu_experts,
-    swiglu_grouped,
-    swiglu_segments,
 )
-from moe_ops.segments import lay_out_rows
+from moe_ops.matmul import grouped_outer
 
 M, D, WIDTH, E = 40, 16, 24, 5
 Layer = Callable[..., Tensor]
-
-
-def grouped_path(
-    x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, indices: Tensor, weights: Tensor
-) -> Tensor:
-    """Run what `swiglu_experts` runs on a GPU."""
-    plan = sort_by_expert(indices, len(gate_up_proj))
-    return swiglu_grouped(x, gate_up_proj, down_proj, weights, plan)
 
 
 def loop_over_tokens(
@@ -75,7 +70,12 @@ def assert_agree(actual: list[Tensor], expected: list[Tensor], tolerance: float)
         torch.testing.assert_close(a.to(e.dtype), e, atol=tolerance * largest, rtol=0)
 
 
-both_paths = pytest.mark.parametrize("layer", [swiglu_experts, grouped_path])
+@pytest.fixture(params=["a matmul an expert", "one grouped matmul"])
+def layer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Layer:
+    """Return the routed layer, with the experts' matmuls done one way or the other."""
+    if request.param == "one grouped matmul":
+        monkeypatch.setattr("moe_ops.matmul._on_host", lambda offsets: False)
+    return swiglu_experts
 
 
 @pytest.fixture
@@ -89,7 +89,6 @@ def nan_in_new_memory() -> Iterator[None]:
 # -- values and gradients
 
 
-@both_paths
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("k", [1, 2, E])
 def test_layer_equals_a_loop_over_tokens_in_values_and_gradients(
@@ -102,7 +101,6 @@ def test_layer_equals_a_loop_over_tokens_in_values_and_gradients(
     assert_agree(actual, run(loop_over_tokens, exact), tolerance)
 
 
-@both_paths
 def test_experts_without_tokens_get_zero_gradients(layer: Layer, nan_in_new_memory: None):
     x, gate_up, down, _, weights = make_inputs()
     only_1_and_3 = torch.tensor([[1, 3]]).expand(M, 2)
@@ -113,7 +111,6 @@ def test_experts_without_tokens_get_zero_gradients(layer: Layer, nan_in_new_memo
     assert_agree(actual, run(loop_over_tokens, inputs), 2e-6)
 
 
-@both_paths
 def test_no_token_is_dropped_when_all_choose_one_expert(layer: Layer):
     x, gate_up, down, _, _ = make_inputs()
     gate, up = F.linear(x, gate_up[3]).chunk(2, dim=-1)
@@ -122,14 +119,12 @@ def test_no_token_is_dropped_when_all_choose_one_expert(layer: Layer):
     torch.testing.assert_close(actual, expected)
 
 
-@both_paths
 def test_order_of_a_tokens_choices_does_not_matter(layer: Layer):
     x, gate_up, down, indices, weights = make_inputs(k=3)
     swapped = layer(x, gate_up, down, indices.flip(1), weights.flip(1))
     torch.testing.assert_close(swapped, layer(x, gate_up, down, indices, weights))
 
 
-@both_paths
 def test_values_are_the_same_without_gradients(layer: Layer):
     inputs = make_inputs()
     with torch.inference_mode():
@@ -137,7 +132,6 @@ def test_values_are_the_same_without_gradients(layer: Layer):
     torch.testing.assert_close(actual, layer(*inputs).detach())
 
 
-@both_paths
 @pytest.mark.parametrize("trained", [0, 1, 2, 4], ids=["x", "gate_up", "down", "weights"])
 def test_each_input_can_be_the_only_one_with_a_gradient(layer: Layer, trained: int):
     inputs = [tensor.detach() for tensor in make_inputs()]
@@ -160,10 +154,11 @@ def test_plan_sorts_choices_by_expert_and_keeps_the_order_of_tokens():
     plan = sort_by_expert(torch.tensor([[3, 0], [0, 3], [1, 0]]), num_experts=4)
     assert plan.order.tolist() == [1, 2, 5, 4, 0, 3]
     assert plan.order[plan.inverse].tolist() == list(range(6))
+    assert plan.tokens.tolist() == [0, 1, 2, 2, 0, 1]
+    assert plan.starts.tolist() == [0, 2, 4]
     assert plan.offsets.tolist() == [3, 4, 4, 6]
 
 
-@both_paths
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equal_input_gives_equal_bits(layer: Layer, dtype: torch.dtype, nan_in_new_memory: None):
     inputs = make_inputs(dtype=dtype)
@@ -171,7 +166,6 @@ def test_equal_input_gives_equal_bits(layer: Layer, dtype: torch.dtype, nan_in_n
         assert torch.equal(first, second)
 
 
-@both_paths
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_shapes_are_static_and_no_value_is_read_on_the_host(layer: Layer, dtype: torch.dtype):
     inputs = make_inputs(dtype=dtype)
@@ -183,15 +177,27 @@ def test_shapes_are_static_and_no_value_is_read_on_the_host(layer: Layer, dtype:
     assert [o.stride() for o in outputs] == [e.stride() for e in expected]
 
 
-def test_rows_are_laid_out_as_in_the_example_of_the_docstring():
-    plan = sort_by_expert(torch.tensor([[0, 2], [0, 2], [2, 0]]), num_experts=3)
-    assert (plan.order.tolist(), plan.offsets.tolist()) == ([0, 2, 5, 1, 3, 4], [3, 3, 6])
-    weights = torch.arange(1.0, 7.0).view(3, 2)  # of choices 0..5
-    laid = lay_out_rows(weights, plan.order, plan.offsets, alignment=2)
-    assert laid.segments == [(0, 0, 4), (2, 4, 8)]
-    assert laid.tokens.tolist() == [0, 1, 2, 2, 0, 1, 2, 2]
-    assert laid.weights.flatten().tolist() == [1, 3, 6, 0, 2, 4, 5, 0]
-    assert laid.row_of_choice.tolist() == [0, 4, 1, 5, 6, 2]
+@pytest.mark.parametrize(
+    ("device", "dtype", "capability", "expected"),
+    [
+        ("cpu", torch.bfloat16, None, "one matmul an expert"),
+        ("cuda", torch.bfloat16, (9, 0), "one grouped matmul for all experts"),
+        ("cuda", torch.bfloat16, (10, 3), "one grouped matmul for all experts"),
+        ("cuda", torch.float16, (9, 0), "one matmul an expert and a wait for the GPU"),
+        ("cuda", torch.float32, (9, 0), "one matmul an expert and a wait for the GPU"),
+        ("cuda", torch.bfloat16, (8, 0), "one matmul an expert and a wait for the GPU"),
+        ("cuda", torch.bfloat16, (12, 0), "one matmul an expert and a wait for the GPU"),
+    ],
+)
+def test_the_hardware_decides_how_the_experts_matmuls_run(
+    device: str,
+    dtype: torch.dtype,
+    capability: tuple[int, int] | None,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
+    assert expert_matmuls(torch.device(device), dtype) == expected
 
 
 # -- custom operators
@@ -244,29 +250,63 @@ def test_exact_linear_switches_tf32_off_for_its_matmuls_only(
     assert found[3] == matmul.allow_tf32 == (matmul.fp32_precision == "tf32") == allow_tf32
 
 
+@pytest.mark.parametrize("weighted", [True, False])
+def test_chunks_of_rows_give_the_values_of_all_at_once(
+    weighted: bool, monkeypatch: pytest.MonkeyPatch
+):
+    generator = torch.Generator().manual_seed(0)
+    hidden, grad = (torch.randn(40, n, generator=generator) for n in (2 * WIDTH, WIDTH))
+    weights = torch.rand(40, 1, generator=generator) if weighted else None
+    whole = [activate(hidden, weights), *activate_backward(grad, hidden, weights)]
+    monkeypatch.setattr("moe_ops.fused.CHUNK", 16)  # two and a half
+    parts = [activate(hidden, weights), *activate_backward(grad, hidden, weights)]
+    assert all(torch.equal(a, b) for a, b in zip(parts, whole, strict=True))
+
+
+def test_a_swiglu_of_all_tokens_has_the_gradients_of_its_formula():
+    x, gate_up, down, _, _ = make_inputs()
+    matrices = [gate_up[0].detach().requires_grad_(), down[0].detach().requires_grad_()]
+
+    def formula(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, down)
+
+    images = x.detach().view(2, M // 2, D).requires_grad_()
+    assert_agree(run(swiglu, [images, *matrices]), run(formula, [images, *matrices]), 2e-6)
+
+
+def test_the_backward_keeps_tokens_gate_and_up_and_no_more():
+    x, *others = (tensor.detach() for tensor in make_inputs())
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():
+            kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        swiglu_experts(x.requires_grad_(), others[0], others[1], others[2], others[3])
+    matrices = E * 3 * WIDTH * D
+    assert sum(kept.values()) == matrices + M * D + M * 2 * (2 * WIDTH + 1)
+
+
 @pytest.mark.parametrize(
     "name",
-    [
-        "exact_linear",
-        "segments",
-        "segments, transposed",
-        "segments, no gradients",
-        "grouped_linear",
-    ],
-)
+    ["exact_linear", "activate", "activate, no weights", "activate_backward", "grouped_linear",
+     "grouped_linear, transposed", "grouped_outer"],
+)  # fmt: skip
 def test_custom_operators_keep_their_contract_with_torch(name: str):
-    x, gate_up, down, indices, weights = make_inputs()
-    plan = sort_by_expert(indices, E)
-    transposed = x.detach().t().contiguous().t().requires_grad_()  # column-major
-    frozen = [tensor.detach() for tensor in (x, gate_up, down, weights)]
+    x, gate_up, down, indices, _ = make_inputs()
+    offsets = sort_by_expert(indices, E).offsets
+    hidden, activation = torch.randn(2 * M, 2 * WIDTH), torch.randn(2 * M, WIDTH)
+    weights, rows = torch.rand(2 * M, 1), torch.cat([x, x])
     operators: dict[str, tuple[Any, tuple[Any, ...]]] = {
-        "segments": (swiglu_segments, (x, gate_up, down, weights, plan.order, plan.offsets, True)),
-        "segments, transposed": (
-            swiglu_segments,
-            (transposed, gate_up, down, weights, plan.order, plan.offsets, True),
-        ),
-        "segments, no gradients": (swiglu_segments, (*frozen, plan.order, plan.offsets, False)),
         "exact_linear": (exact_linear, (x, gate_up[0])),
-        "grouped_linear": (grouped_linear, (torch.cat([x, x]), gate_up, plan.offsets)),
+        "activate": (activate, (hidden, weights)),
+        "activate, no weights": (activate, (hidden, None)),
+        "activate_backward": (activate_backward, (activation, hidden, weights)),
+        "grouped_linear": (grouped_linear, (rows, gate_up, offsets)),
+        "grouped_linear, transposed": (grouped_linear, (rows, down.transpose(1, 2), offsets)),
+        "grouped_outer": (grouped_outer, (hidden, rows.detach(), offsets)),
     }
     torch.library.opcheck(*operators[name])

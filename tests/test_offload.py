@@ -190,7 +190,12 @@ def grouped(
     """Route by single operators, so that each is rounded."""
     assert num_rows is None
     plan = moe_ops.sort_by_expert(indices, len(gate_up))
-    return moe_ops.swiglu_grouped(x, gate_up, down, weights.to(x.dtype), plan)
+    rows = x.index_select(0, plan.tokens)
+    gate, up = moe_ops.grouped_linear(rows, gate_up, plan.offsets).chunk(2, dim=-1)
+    row_weights = weights.to(x.dtype).flatten().index_select(0, plan.order)[:, None]
+    hidden = F.silu(gate) * up * row_weights
+    out_rows = moe_ops.grouped_linear(hidden, down, plan.offsets)
+    return moe_ops.sum_rows(out_rows, plan.inverse, plan.starts)
 
 
 def dense(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
