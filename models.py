@@ -854,7 +854,9 @@ class MoE(nn.Module):
         # order has other bits, and a run would not resume as if it had never stopped.
         routing = self.router(tokens.view_as(x), is_null)  # (M, S) experts and weights
         chosen = routing.expert_indices, routing.expert_weights, routing.num_rows
-        rounded = cast_for(self.experts.down_proj, tokens)  # once, for both kinds of experts
+        rounded = tokens
+        if self.shared_experts is not None:  # once, for both kinds of experts
+            rounded = cast_for(next(self.shared_experts.parameters()), tokens)
         out = self.experts(rounded, *chosen)  # (M, D)
         out = out.view_as(x)  # (N, T, D)
         if self.shared_experts is not None:
