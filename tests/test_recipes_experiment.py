@@ -11,7 +11,7 @@ import recipes
 import torch
 from PIL import Image
 
-from models import DiT_models, DiTConfig
+from models import DiT, DiT_models, DiTConfig, TopKRouter
 from training.flags import build_parser
 from training.settings import NETWORK_FLAGS
 
@@ -70,7 +70,7 @@ def test_the_page_says_shares_of_the_headroom_and_what_was_not_run(
     for seed, dense in enumerate((0.20, 0.22)):
         write_run(docs, "dense", seed, dense)
     write_run(docs, "wide", 0, 0.16)
-    write_run(docs, "promoe", 0, 0.17, max_vio=0.5, dead=0.0)
+    write_run(docs, "promoe", 0, 0.17, max_vio=0.5, dead=0.0, experts_per_token=1.01)
 
     recipes.write_page(docs)
 
@@ -80,11 +80,25 @@ def test_the_page_says_shares_of_the_headroom_and_what_was_not_run(
             for row in text.splitlines() if re.match(r"\| \w", row)}  # fmt: skip
     assert rows["dense"][4] == "0.2100 ± 0.0141"
     assert rows["promoe"][3:8] == ["1", "0.1700", "", "75%", "17.0"]
-    assert rows["promoe"][8:] == ["0.85", "0.500", "0.50", "0.00"]
+    assert rows["promoe"][8:] == ["0.85", "0.500", "1.01", "0.50", "0.00"]
+    assert {len(row) for row in rows.values()} == {13}
     assert rows["diffmoe"][1] == "not run yet"
     assert set(rows) - {"variant"} == set(recipes.VARIANTS)
     assert (tmp_path / "results" / "recipes_curves.png").exists()
     assert Image.open(tmp_path / "results" / "recipes_samples.png").height > 3 * 32
+
+
+def test_experts_of_a_token_are_counted_at_every_forward() -> None:
+    config = DiTConfig(input_size=8, hidden_size=16, depth=2, num_heads=2, num_experts=4,
+                       selection="batch_choice", balance=(), num_classes=3)  # fmt: skip
+    model = DiT(config).eval()
+    found = recipes.count_experts(model)
+    batch = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 1])
+    routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
+    for router, threshold in zip(routers, (0.0, 1.0), strict=True):
+        router.thresholds.fill_(threshold)  # all are above, none is
+    model(*batch)
+    assert found == [4.0, 0.0]
 
 
 def test_a_run_that_is_measured_is_not_made_again(

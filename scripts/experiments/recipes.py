@@ -31,7 +31,7 @@ from common.errors import UserError, one_line_errors
 from common.files import atomic_write
 from data import load_dataset
 from evaluate import SampleRun, build_parser, loss_of
-from models import DiTConfig
+from models import DiT, DiTConfig, Routing, TopKRouter
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/RECIPES.md"
@@ -194,6 +194,7 @@ def measure(folder: Path) -> dict[str, Any]:
     for path in sorted((folder / "checkpoints").glob("*.pt")):
         flags = ["--ckpt", str(path), "--dtype", "fp32"]
         drawn = SampleRun(build_parser().parse_args(flags), rt)
+        chosen = count_experts(drawn.opened.model)
         curve[str(int(path.stem))] = loss_of(drawn, test)
     model = drawn.opened.model
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -204,6 +205,8 @@ def measure(folder: Path) -> dict[str, Any]:
         if f"experts/{name}" in events.Tags()["scalars"]:
             points = events.Scalars(f"experts/{name}")
             loads[name] = statistics.mean(p.value for p in points[len(points) // 2 :])
+    if chosen:
+        loads["experts_per_token"] = statistics.mean(chosen)
     return {
         "width": activated_width(model.config),
         "parameters": model.num_parameters()[0],
@@ -215,6 +218,23 @@ def measure(folder: Path) -> dict[str, Any]:
         "facts": metrics["facts"],
         **loads,
     }
+
+
+def count_experts(model: DiT) -> list[float]:
+    """Return a list that gets the mean number of routed experts of a token at every forward.
+
+    Where experts choose of the batch it is not fixed: in sampling, thresholds decide.
+    """
+    found: list[float] = []
+
+    def count(router: TopKRouter, _inputs: Any, routing: Routing) -> None:
+        filled = routing.expert_indices < router.num_experts  # (M, S)
+        found.append(filled.sum(dim=1).float().mean().item())
+
+    for module in model.modules():
+        if isinstance(module, TopKRouter):
+            module.register_forward_hook(count)
+    return found
 
 
 def activated_width(config: DiTConfig) -> float:
@@ -273,13 +293,15 @@ def spread(values: list[float], digits: int) -> str:
 def table(runs: Runs) -> list[str]:
     """Return a row of Markdown for every variant; those not run yet say so."""
     heads = ["variant", "what", "width / D", "parameters", "seeds", "test loss", "below dense, in "
-             "deviations", "share of headroom", "FD", "FD / dense", "read right", "MaxVio",
-             "dead a layer"]  # fmt: skip
+             "deviations", "share of headroom", "FD", "FD / dense", "read right", "experts a token",
+             "MaxVio", "dead a layer"]  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for name, of_seeds in runs.items():
         rows = [of_seeds[seed] for seed in sorted(of_seeds)]
         if not rows:
-            lines.append(f"| {name} | {VARIANTS[name].what} | not run yet " + "| " * 11 + "|")
+            lines.append(
+                f"| {name} | {VARIANTS[name].what} | not run yet " + "| " * (len(heads) - 3) + "|"
+            )
             continue
         share = headroom_share(runs, name)
         seeds = of_seeds.keys() & runs["dense"].keys()
@@ -289,8 +311,8 @@ def table(runs: Runs) -> list[str]:
             spread([last(row) for row in rows], 4), deviations(runs, name),
             "" if share is None else f"{share:.0%}", spread([row["fd"] for row in rows], 1),
             spread(ratio, 2), spread([row["read_right"] for row in rows], 3),
-            spread([row["max_vio"] for row in rows if "max_vio" in row], 2),
-            spread([row["dead"] for row in rows if "dead" in row], 2),
+            *(spread([row[key] for row in rows if key in row], 2)
+              for key in ("experts_per_token", "max_vio", "dead")),
         ]  # fmt: skip
         lines.append(f"| {name} | {VARIANTS[name].what} | " + " | ".join(cells) + " |")
     return lines
