@@ -29,7 +29,7 @@ from common.errors import FileError, UserError, blamed_on, one_line_errors, prin
 from common.files import make_writable
 from common.flags import FlagParser, flag, number, sampling_flags, sampling_options
 from common.labels import label_numbers
-from data import VAE, ImageDataset
+from data import ImageDataset
 from data.class_images import first_of_each, open_pictures, open_with_classes
 from data.latent_cache import vae_identity
 from diffusion import Diffusion
@@ -49,6 +49,7 @@ from routing.tables import (
     refuse_foreign,
     save_table,
 )
+from sampling.drawing import model_time
 from sampling.opening import DrawingRun, drawing_flags, drawing_options, open_run
 
 PRINTED = (
@@ -154,9 +155,7 @@ def check_flags(args: argparse.Namespace) -> None:
 def model_times(args: argparse.Namespace, diffusion: Diffusion) -> list[float]:
     """Return the model time of each step, falling: `--times`, else the sampler's."""
     if args.times:
-        scale = diffusion.time_scale
-        times = sorted(args.times, reverse=True)
-        return [min(round(t * scale), scale - 1) if scale > 1 else t for t in times]
+        return [model_time(diffusion, t) for t in sorted(args.times, reverse=True)]
     with blamed_on(f"--num-sampling-steps {args.num_sampling_steps}"):
         return [t for t, _ in diffusion.steps(args.sampler, args.num_sampling_steps, None)]
 
@@ -395,9 +394,7 @@ def count_experts(args: argparse.Namespace, rt: process.Runtime) -> RoutingData:
 
 def image_shape(run: DrawingRun) -> tuple[int, int, int]:
     """Return (C, S, S) of the images that a checkpoint draws."""
-    vae = run.vae
-    channels = vae.image_channels if isinstance(vae, VAE) else run.config.in_channels
-    return channels, run.image_size, run.image_size
+    return run.image_channels, run.image_size, run.image_size
 
 
 def open_images(args: argparse.Namespace, run: DrawingRun) -> ImageDataset | None:

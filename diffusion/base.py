@@ -1,6 +1,7 @@
 """What both objectives share: the training loss, classifier-free guidance and the sampling loop.
 
 An objective supplies four things (`draw_t`, `add_noise`, `loss_terms`, `steps`); the rest is here.
+`sample` returns what is drawn, `trajectory` every step towards it.
 t is 0 for data and 1 for noise. A model gets `time_scale * t`: t itself for rectified flow (1000 t
 in later families), the timestep 0..999 for DDPM. Arithmetic is float32 whatever the model's dtype.
 
@@ -8,7 +9,7 @@ Shapes: N batch, C latent channels, H W latent size, C_out = C, or 2C with a lea
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -201,21 +202,79 @@ class Diffusion(ABC):
         Raises:
             ValueError: for an argument outside its range.
         """
+        sampler, num_steps = self.chosen(sampler, num_steps)
+        trajectory = self.trajectory(
+            model,
+            noise,
+            y,
+            sampler=sampler,
+            num_steps=num_steps,
+            cfg_scale=cfg_scale,
+            null_label=null_label,
+            cfg_channels=cfg_channels,
+            cfg_interval=cfg_interval,
+            generator=generator,
+            callback=callback,
+        )
+        for x in tqdm(trajectory, desc=sampler, total=num_steps, disable=not progress):
+            latents = x
+        return latents
+
+    def trajectory(
+        self,
+        model: Model,
+        noise: Tensor,
+        y: Tensor,
+        *,
+        sampler: str | None = None,
+        num_steps: int | None = None,
+        cfg_scale: float = 1.0,
+        null_label: int | None = None,
+        cfg_channels: int | None = None,
+        cfg_interval: tuple[float, float] = (0.0, 1.0),
+        generator: Generators = None,
+        callback: Callable[[int, float], None] | None = None,
+    ) -> Iterator[Tensor]:
+        """Yield the latents (N, C, H, W) after each step of `sample`, whose arguments these are.
+
+        Raises:
+            ValueError: for an argument outside its range, at once.
+        """
+        sampler, num_steps = self.chosen(sampler, num_steps)
+        channels = self.default_cfg_channels if cfg_channels is None else cfg_channels
+        channels = noise.shape[1] if channels is None else min(channels, noise.shape[1])
+        predict = GuidedModel(
+            model, y, cfg_scale, null_label, channels, cfg_interval, self.time_scale
+        )
+        steps = self.steps(sampler, num_steps, generator)
+        return follow(steps, predict, noise.float(), callback, self.time_scale)
+
+    def chosen(self, sampler: str | None, num_steps: int | None) -> tuple[str, int]:
+        """Return the sampler and its number of steps, the defaults for None.
+
+        Raises:
+            ValueError: there is no such sampler, or the number is below 1.
+        """
         sampler = self.default_sampler if sampler is None else sampler
         if sampler not in self.samplers:
             raise ValueError(f"sampler must be one of {', '.join(self.samplers)}; got {sampler!r}")
         num_steps = self.default_num_steps[sampler] if num_steps is None else num_steps
         if num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {num_steps}")
-        channels = self.default_cfg_channels if cfg_channels is None else cfg_channels
-        channels = noise.shape[1] if channels is None else min(channels, noise.shape[1])
-        predict = GuidedModel(
-            model, y, cfg_scale, null_label, channels, cfg_interval, self.time_scale
-        )
-        x = noise.float()
-        steps = self.steps(sampler, num_steps, generator)
-        for step, (t, update) in enumerate(tqdm(steps, desc=sampler, disable=not progress)):
-            if callback is not None:
-                callback(step, t / self.time_scale)
-            x = update(predict, x)
-        return x
+        return sampler, num_steps
+
+
+@torch.no_grad()
+def follow(
+    steps: Steps,
+    predict: Predict,
+    x: Tensor,
+    callback: Callable[[int, float], None] | None,
+    time_scale: float,
+) -> Iterator[Tensor]:
+    """Yield x (N, C, H, W) after each step; gradients are off during a step, not between two."""
+    for step, (t, update) in enumerate(steps):
+        if callback is not None:
+            callback(step, t / time_scale)
+        x = update(predict, x)
+        yield x

@@ -95,6 +95,16 @@ class DrawingRun(NamedTuple):
         return self.settings.get("class_names") or []
 
     @property
+    def device(self) -> torch.device:
+        """Return where it draws."""
+        return next(self.model.parameters()).device
+
+    @property
+    def image_channels(self) -> int:
+        """Return the channels of the images, 1 or 3."""
+        return self.vae.image_channels if isinstance(self.vae, VAE) else self.config.in_channels
+
+    @property
     def image_size(self) -> int:
         """Return the side of the images, in pixels."""
         return self.config.input_size * self.vae.downsample

@@ -10,6 +10,6 @@ ruff format --check .
 ruff check .
 mypy
 mypy --disallow-untyped-defs --cache-dir .mypy_cache/typed *.py common data diffusion moe_ops \
-  checkpoint routing sampling evaluation training scripts
+  checkpoint routing sampling evaluation training page scripts
 for script in scripts/*.sh scripts/*/*.sh .ci/run; do bash -n "$script"; done
 OMP_NUM_THREADS=1 python -m pytest "$@"

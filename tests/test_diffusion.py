@@ -412,6 +412,23 @@ def test_callback_comes_before_the_model_calls_of_each_step(objective: str, samp
     assert events == expected[sampler]
 
 
+@pytest.mark.parametrize(("objective", "sampler"), [("rf", "heun"), ("ddpm", "ddpm")])
+def test_a_trajectory_ends_in_the_sample_and_leaves_gradients_as_they_were(
+    objective: str, sampler: str
+):
+    diffusion, grad_modes = create_diffusion(objective), []
+    options: dict[str, Any] = {"sampler": sampler, "num_steps": 3}
+    model = gaussian_model if objective == "ddpm" else label_model
+    steps = []
+    for latents in diffusion.trajectory(model, randn(*SHAPE), Y, generator=seeded(0), **options):
+        steps.append(latents)
+        grad_modes.append(torch.is_grad_enabled())
+    sample = diffusion.sample(model, randn(*SHAPE), Y, generator=seeded(0), **options)
+    assert len(steps) == 3 and torch.equal(steps[-1], sample)
+    assert not torch.equal(steps[0], steps[1]) and not sample.requires_grad
+    assert grad_modes == [True] * 3
+
+
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
 def test_ddpm_samplers_repeat_themselves_given_a_generator(sampler: str):
     def sample(seed: int) -> Tensor:

@@ -20,6 +20,7 @@ FLOORS: dict[str, set[str]] = {
     "sampling": BELOW_SAMPLING,
     "evaluation": {"common", "data"},
     "training": BELOW_SAMPLING | {"sampling", "evaluation"},
+    "page": BELOW_SAMPLING | {"sampling"},
 }
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - set(FLOORS)
 # Carried into pipeline folders, where `dit_moe` is what models.py and its floors are here.
