@@ -25,7 +25,7 @@ from checkpoint.layouts import check_told, known_fields
 from checkpoint.state import ACCEPTED
 from checkpoint.weights import Weights, find_vae_path, open_weights, verify_weights
 from common.errors import UserError, one_line_errors
-from common.flags import FlagParser, dtype_flag, flag, model_size, number
+from common.flags import FlagParser, average_flag, dtype_flag, model_size, number
 from common.process import DTYPES
 from models import DiT_models
 
@@ -42,7 +42,11 @@ def build_parser() -> FlagParser:
     )
     result = parser.group("Result")
     result.add("--pipeline", action="store_true", help="Make DST a diffusers pipeline folder.")
-    result.add("--ema", default=True, **flag, help="Take the averaged weights, if SRC has both.")
+    result.add(
+        "--ema",
+        **average_flag,
+        help="Take the averaged weights, or those of this decay, if SRC has them.",
+    )
     result.add("--dtype", **dtype_flag, help="Of the weights. Default: as SRC has them.")
     result.add(
         "--attention",

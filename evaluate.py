@@ -179,6 +179,7 @@ class SampleRun:
         self.opened = open_run(args.ckpt, device=rt.device, **drawing_options(args))
         # Once, since a run that trains deletes its old checkpoints.
         self.hash = process.call_on_main(checkpoint_hash, self.opened.path)
+        self.guide_hash = args.guide_ckpt and process.call_on_main(checkpoint_hash, args.guide_ckpt)
         diffusion = self.opened.diffusion
         args.sampler = args.sampler or diffusion.default_sampler
         if args.sampler not in diffusion.samplers:
@@ -196,6 +197,11 @@ class SampleRun:
             *("cfg_scale", "cfg_channels", "cfg_interval", "quantize"),
         )
         x0_range = self.opened.diffusion.x0_range
+        later = {
+            "cfg_rescale": self.args.cfg_rescale,
+            "time_shift": self.args.time_shift,
+            "guide": self.guide_hash,
+        }
         return {
             "checkpoint": self.hash,
             "vae": vae_identity(self.opened.vae),
@@ -203,6 +209,7 @@ class SampleRun:
             "dtype": str(self.opened.model.dtype),
             "x0_range": list(x0_range) if x0_range else None,
             **{name: getattr(self.args, name) for name in names},
+            **{name: value for name, value in later.items() if value},  # else as before them
         }
 
     def draw(self, seed: int, first: int, stop: int) -> Tensor:
@@ -217,6 +224,7 @@ class SampleRun:
             y.to(self.rt.device),
             **sampling_options(self.args),
             null_label=config.null_label,
+            guide=self.opened.guide,
             generator=generators,
         )
         return ((self.opened.vae.decode(latents) + 1) * 127.5).round().to(torch.uint8).cpu()
@@ -319,6 +327,9 @@ def default_out(args: argparse.Namespace, samples: SampleRun | None) -> str:
     low, high = args.cfg_interval
     interval = "" if (low, high) == (0.0, 1.0) else f"-t{low:g}-{high:g}"
     name = f"{args.sampler}{args.num_sampling_steps}-cfg{args.cfg_scale:g}{interval}"
+    name += f"-rescale{args.cfg_rescale:g}" if args.cfg_rescale else ""
+    name += f"-shift{args.time_shift:g}" if args.time_shift else ""
+    name += f"-guide{samples.guide_hash[:8]}" if samples.guide_hash else ""
     name += f"-{args.quantize}" if args.quantize else ""
     return f"results/evaluation/{samples.name}-{name}-{args.num_samples}"
 

@@ -114,7 +114,7 @@ def build_parser() -> FlagParser:
         help="Noise levels t, 0 = picture and 1 = noise. Default: those of the sampler's steps.",
     )
 
-    drawing_flags(parser, quantize=False, offload=False)
+    drawing_flags(parser, quantize=False, offload=False, guide=False)
     sampling = sampling_flags(parser)
     sampling.add("--max-batches", type=number(int, 1), metavar="N", help="Stop after N per rank.")
     return parser
@@ -213,6 +213,7 @@ def describe(
         "cfg_scale": args.cfg_scale,
         "cfg_channels": args.cfg_channels,
         "cfg_interval": list(args.cfg_interval),
+        "cfg_rescale": args.cfg_rescale or None,  # as in files from before there was one
         "class_names": run.class_names,
         "runs": [images],
     }

@@ -104,7 +104,7 @@ def default_out(args: argparse.Namespace, path: Path) -> Path:
     in_a_run = path.parent.name == "checkpoints"
     folder = (path.parents[1] if in_a_run else path.parent) / "samples"
     name = path.stem if path.suffix in (".pt", ".safetensors") else path.name
-    parts = [name] if args.ema else [name, "trained"]
+    parts = {True: [name], False: [name, "trained"]}.get(args.ema, [name, f"ema{args.ema}"])
     if args.labels is not None:
         labels = "-".join("".join(c if c.isalnum() else "_" for c in text) for text in args.labels)
         whole = f"{zlib.crc32(' '.join(args.labels).encode()):08x}"
@@ -115,6 +115,9 @@ def default_out(args: argparse.Namespace, path: Path) -> Path:
     low, high = args.cfg_interval
     parts += [f"cfg{args.cfg_scale:g}"] + ([f"t{low:g}-{high:g}"] if (low, high) != (0, 1) else [])
     parts += [f"{args.cfg_channels}channels"] if args.cfg_channels else []
+    parts += [f"rescale{args.cfg_rescale:g}"] if args.cfg_rescale else []
+    parts += [f"shift{args.time_shift:g}"] if args.time_shift else []
+    parts += [f"guide{zlib.crc32(args.guide_ckpt.encode()):08x}"] if args.guide_ckpt else []
     parts += [choice for choice in (args.dtype, args.quantize) if choice]
     return folder / f"{'-'.join(parts)}-seed{args.seed}.png"
 
@@ -141,6 +144,7 @@ def draw(run: DrawingRun, y: Tensor, args: argparse.Namespace, device: torch.dev
             y[part].to(device),
             **sampling_options(args),
             null_label=config.null_label,
+            guide=run.guide,
             generator=generator,
             progress=True,
         )

@@ -36,8 +36,9 @@ from training.loop import (
     micro_loss,
     require_loss_scale,
 )
+from training.muon import build_optimizer
 from training.optimization import learning_rate, set_learning_rate
-from training.parameters import load_optimizer, optimizer_groups, optimizer_state, saved_order
+from training.parameters import load_optimizer, optimizer_state, saved_order
 from training.reporter import draw_grid
 from training.resume import check_resumable, restore_rng
 
@@ -59,14 +60,11 @@ class DdpTrainer:
         self.job, self.settings, self.rt = job, job.settings, job.rt
         self.step = self.skipped = 0
         self.model = job.model.to(self.rt.device).train()
-        self.ema = Ema(self.model, self.settings.ema_decay)
+        decays = self.settings.ema_decays or [self.settings.ema_decay]
+        self.averages = [Ema(self.model, decay) for decay in decays]
+        self.ema = self.averages[0]
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            optimizer_groups(self.model.named_parameters(), self.settings),
-            lr=self.settings.lr,
-            weight_decay=self.settings.weight_decay,
-            fused=True,
-        )
+        self.optimizer = build_optimizer(self.model, self.settings)
         fp16 = self.settings.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.rt.device.type, enabled=fp16)
         if self.settings.compile:
@@ -104,7 +102,8 @@ class DdpTrainer:
             self.model.update_router_state(discard=True)
         else:
             self.model.update_router_state(bias_rate=self.settings.bias_update_rate)
-            self.ema.update()
+            for average in self.averages:
+                average.update()
             self.step += 1
         return {**mean_losses(losses), "grad_norm": grad_norm}
 
@@ -120,7 +119,8 @@ class DdpTrainer:
 
     def is_finite(self) -> bool:
         """Tell whether all weights and averages are numbers."""
-        tensors = [*self.model.parameters(), *self.ema.model.parameters()]
+        models = [self.model, *(average.model for average in self.averages)]
+        tensors = [tensor for model in models for tensor in model.parameters()]
         return not process.any_rank(not all_finite(tensors), self.rt.device)
 
     def save(self) -> None:
@@ -140,6 +140,7 @@ class DdpTrainer:
             settings=self.settings.to_dict(),
             model=self.model.state_dict(),
             ema=self.ema.model.state_dict(),
+            averages={a.decay: a.model.state_dict() for a in self.averages[1:]},
             optimizer=optimizer_state(self.optimizer, saved_order(self.model)),
             scaler=self._scaler_state(),
             step=self.step,
@@ -161,8 +162,13 @@ class DdpTrainer:
         """
         content = load_checkpoint(path)
         check_resumable(self.job, path, content["config"], content["settings"])
-        for kind, model in (("model", self.model), ("ema", self.ema.model)):
-            state, expected = content[kind] or {}, model.state_dict()
+        saved = {content["settings"].get("ema_decay"): content["ema"]}
+        saved |= content.get("averages", {})
+        states = [(content["model"], self.model)]
+        for average in self.averages:  # one that is new begins as the first
+            states.append((saved.get(average.decay, content["ema"]), average.model))
+        for state, model in states:
+            state, expected = state or {}, model.state_dict()
             check_shapes(path, *({n: x.shape for n, x in s.items()} for s in (state, expected)))
             model.load_state_dict(state)
         with blamed_on(str(path)):

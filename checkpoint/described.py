@@ -23,6 +23,12 @@ SETTINGS_TYPES = {
     "fashion_mnist_root": str,
     "image_size": int,
     "time_scale": float,
+    "time_shift": float,
+    "time_sampling": list,
+    "prediction": str,
+    "zero_terminal_snr": bool,
+    "min_snr_gamma": float,
+    "ema_decay": float,
     "class_names": list,
     "latent_stats": dict,
 }

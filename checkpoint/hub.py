@@ -321,7 +321,8 @@ def save_pipeline(
         model_index: dict[str, Any] = {
             "_class_name": ["pipeline", "DiTMoEPipeline"],
             "objective": objective,
-            "time_scale": settings.get("time_scale"),
+            **{name: settings.get(name) for name in ("time_scale", "time_shift", "prediction")},
+            "zero_terminal_snr": bool(settings.get("zero_terminal_snr")),
             "class_names": settings.get("class_names") or [],
             "transformer": ["modeling", "DiTMoE"],
             "vae": [None, None],

@@ -70,6 +70,7 @@ def save_checkpoint(
     settings: Mapping[str, Any],
     model: StateDict,
     ema: StateDict | None,
+    averages: Mapping[float, StateDict] | None = None,
     optimizer: Mapping[str, Any],
     scaler: Mapping[str, Any] | None,
     step: int,
@@ -83,6 +84,7 @@ def save_checkpoint(
         settings: JSON-able: objective, image_size, vae_path, class_names, training flags.
         model: state dict of the bare model (no DDP prefix).
         ema: state dict of the averaged weights, same names.
+        averages: likewise of further decays, by them.
         optimizer: its state dict.
         scaler: state dict of the loss scaler, None without one.
         step: optimizer steps done.
@@ -100,6 +102,7 @@ def save_checkpoint(
         "settings": dict(settings),
         "model": dict(model),
         "ema": None if ema is None else dict(ema),
+        **({"averages": {decay: dict(s) for decay, s in averages.items()}} if averages else {}),
         "optimizer": dict(optimizer),
         "scaler": None if scaler is None else dict(scaler),
         "step": step,
@@ -144,7 +147,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if missing := [key for key in CHECKPOINT_KEYS if key not in content]:
         raise FileError(f"{path} lacks {missing}, found {sorted(map(str, content))}")
     for name, is_right in _TYPES.items():
-        if not is_right(content[name]):
+        if name in content and not is_right(content[name]):
             raise FileError(f"{path} is not a checkpoint of ours: its {name} is of another type")
     return content
 
@@ -193,6 +196,10 @@ def _is_dict(value: Any) -> bool:
 _TYPES: dict[str, Callable[[Any], bool]] = {
     "model": _is_state,
     "ema": lambda value: value is None or _is_state(value),
+    "averages": lambda value: (
+        _is_dict(value)
+        and all(type(decay) is float and _is_state(state) for decay, state in value.items())
+    ),
     "optimizer": _is_dict,
     "scaler": lambda value: value is None or _is_dict(value),
     "step": lambda value: type(value) is int and value >= 0,

@@ -94,7 +94,7 @@ class Weights(NamedTuple):
 def open_weights(
     path: str | Path,
     *,
-    ema: bool = True,
+    ema: bool | float = True,
     config: DiTConfig | None = None,
     known: Mapping[str, Any] | None = None,
 ) -> Weights:
@@ -106,13 +106,19 @@ def open_weights(
     Raises: as `load_model`.
     """
     source = _open(find_weights(path))
-    kinds = ("ema", "model") if ema else ("model",)
+    kinds: tuple[str, ...] = ("ema", "model") if ema else ("model",)
+    if not isinstance(ema, bool):  # the first of a run's averages is its "ema"
+        is_first = ema == source.settings.get("ema_decay")
+        kinds = ("ema",) if is_first else (average_name(ema),)
     found = [kind for kind in kinds if kind in source.weights]
     if not found:
-        raise UserError(f"ema={ema}: {path} holds only the weights {sorted(source.weights)}")
+        decay = source.settings.get("ema_decay")
+        where = f", of which ema has the decay {decay}" if decay and "ema" in source.weights else ""
+        held = sorted(source.weights)
+        raise UserError(f"ema={ema}: {path} holds only the weights {held}{where}")
     state, config = source.weights[found[0]], config or source.config
     told = source.weights.get("ema") is not source.weights.get("model")
-    kind = {"ema": "averaged", "model": "trained"}[found[0]] if told else ""
+    kind = ("trained" if found[0] == "model" else "averaged") if told else ""
     indices = {name: block_index(name) for name in state}
     blocks = {index for index in indices.values() if index is not None}
     if config is None:
@@ -206,7 +212,7 @@ def _check_tensor(
 def load_model(
     path: str | Path,
     *,
-    ema: bool = True,
+    ema: bool | float = True,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     config: DiTConfig | None = None,
@@ -337,7 +343,9 @@ def _open(path: Path) -> _Source:
     if is_checkpoint(content):
         content = load_checkpoint(path)
         ours = read_config(content["config"], path)
-        return _Source(path, _wrapped(content), ours, read_settings(content["settings"], path))
+        averages = {average_name(d): state for d, state in content.get("averages", {}).items()}
+        weights = {**_wrapped(content), **averages}
+        return _Source(path, weights, ours, read_settings(content["settings"], path))
     config, settings = read_description(path)
     if isinstance(content, dict) and (weights := _wrapped(content)):
         args = content.get("args")
@@ -351,6 +359,11 @@ def _open(path: Path) -> _Source:
     if _is_state_dict(content):
         return _Source(path, {"model": content, "ema": content}, config, settings)
     raise FileError(f"{path} has {describe(content)}; {ACCEPTED}")
+
+
+def average_name(decay: float) -> str:
+    """Return what the averaged weights of a decay, beside a run's first, are called here."""
+    return f"ema {decay:g}"
 
 
 def _wrapped(content: dict[str, Any]) -> dict[str, StateDict]:

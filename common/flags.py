@@ -33,6 +33,29 @@ def parse_bool(text: str) -> bool:
 flag: dict[str, Any] = {"type": parse_bool, "nargs": "?", "const": True, "metavar": "BOOL"}
 
 
+def parse_average(text: str) -> bool | float:
+    """Read a value of `--ema`: a switch, or the decay of one of several averages."""
+    try:
+        return parse_bool(text)
+    except argparse.ArgumentTypeError:
+        pass
+    try:
+        decay = float(text)
+    except ValueError:
+        decay = 0.0
+    if not 0 < decay < 1:
+        raise argparse.ArgumentTypeError(f"expected True, False or a decay below 1, got {text!r}")
+    return decay
+
+
+average_flag: dict[str, Any] = {
+    **flag,
+    "type": parse_average,
+    "metavar": "BOOL|DECAY",
+    "default": True,
+}
+
+
 def number(kind: type, low: float, high: float | None = None) -> Any:
     """Return an argparse type that accepts `kind` in [low, high] only; never nan or inf.
 
@@ -213,8 +236,8 @@ def sampling_flags(parser: FlagParser, batch_size: int = 64) -> FlagGroup:
     group = parser.group("Sampling")
     group.add(
         "--sampler",
-        help="How the model's field is integrated: euler or heun for rectified flow, ddpm, ddim "
-        "or dpm++ for DDPM. Default: euler or ddpm, by the checkpoint's objective.",
+        help="How the model's field is integrated: euler, heun or sde for rectified flow, ddpm, "
+        "ddim or dpm++ for DDPM. Default: euler or ddpm, by the checkpoint's objective.",
     )
     group.add(
         "--num-sampling-steps",
@@ -245,6 +268,14 @@ def sampling_flags(parser: FlagParser, batch_size: int = 64) -> FlagGroup:
         help="Times t, 0 = image and 1 = noise, between which guidance is on.",
     )
     group.add(
+        "--cfg-rescale",
+        type=number(float, 0, 1),
+        default=0.0,
+        metavar="SHARE",
+        help="How far guided predictions get the deviation of unguided ones, against colours that "
+        "are too strong; 0.7 is usual.",
+    )
+    group.add(
         "--seed",
         type=seed,
         default=0,
@@ -269,4 +300,5 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
         "cfg_scale": args.cfg_scale,
         "cfg_channels": args.cfg_channels,
         "cfg_interval": tuple(args.cfg_interval),
+        "cfg_rescale": args.cfg_rescale,
     }

@@ -1,10 +1,18 @@
 """Training objectives and samplers: scripts need only `create_diffusion` and `Diffusion`."""
 
+from typing import Any
+
 from diffusion.base import Diffusion, TrainingLoss
 from diffusion.gaussian_diffusion import GaussianDiffusion
 from diffusion.rectified_flow import RectifiedFlow
 
-__all__ = ["Diffusion", "TrainingLoss", "create_diffusion"]
+__all__ = ["OBJECTIVE_SETTINGS", "Diffusion", "TrainingLoss", "create_diffusion"]
+
+# Settings of each objective, as runs save them; None is the default of any.
+OBJECTIVE_SETTINGS = {
+    "rf": ("time_scale", "time_shift", "time_sampling"),
+    "ddpm": ("prediction", "zero_terminal_snr", "min_snr_gamma"),
+}
 
 
 def create_diffusion(
@@ -12,7 +20,7 @@ def create_diffusion(
     *,
     learn_sigma: bool = True,
     x0_range: tuple[float, float] | None = None,
-    time_scale: float | None = None,
+    **settings: Any,
 ) -> Diffusion:
     """Build the objective a model is trained with and sampled from.
 
@@ -22,15 +30,20 @@ def create_diffusion(
             the second half; rectified flow ignores that half either way.
         x0_range: range of the data if it has one, as pixels do and latents do not: DDPM's samplers
             stay within it. Rectified flow needs no bounds.
-        time_scale: what rectified flow multiplies t with for the model; None: 1.
+        **settings: of `OBJECTIVE_SETTINGS`, arguments of `RectifiedFlow` or `GaussianDiffusion`;
+            what is None or False is as by default, and may be another objective's.
 
     Raises:
-        ValueError: if `objective` is neither, or `time_scale` is not positive or for "ddpm".
+        ValueError: if `objective` is neither, or a setting is out of range or another objective's.
     """
+    if objective not in OBJECTIVE_SETTINGS:
+        raise ValueError(f"objective must be one of rf, ddpm; got {objective!r}")
+    off = (None, False)
+    given = {name: value for name, value in settings.items() if not any(value is o for o in off)}
+    other = "rectified flow" if objective == "ddpm" else "DDPM"
+    for name, value in given.items():
+        if name not in OBJECTIVE_SETTINGS[objective]:
+            raise ValueError(f"{name} {value}: only {other} has one, not {objective}")
     if objective == "rf":
-        return RectifiedFlow(time_scale=1.0 if time_scale is None else time_scale)
-    if objective == "ddpm" and time_scale is not None:
-        raise ValueError(f"time_scale {time_scale}: only rectified flow has one, not {objective}")
-    if objective == "ddpm":
-        return GaussianDiffusion(learn_sigma=learn_sigma, x0_range=x0_range)
-    raise ValueError(f"objective must be one of rf, ddpm; got {objective!r}")
+        return RectifiedFlow(**given)
+    return GaussianDiffusion(learn_sigma=learn_sigma, x0_range=x0_range, **given)

@@ -45,7 +45,8 @@ class GuidedModel:
     """A model with classifier-free guidance, as a float32 function of latents and model time.
 
     Source: Ho & Salimans, arXiv:2207.12598, eq. 6 with cfg_scale = 1 + w; the interval is from
-    Kynkäänniemi et al., arXiv:2404.07724.
+    Kynkäänniemi et al., arXiv:2404.07724, a guide from Karras et al., arXiv:2406.02507, and the
+    rescaling from Lin et al., arXiv:2305.08891, eq. 15 and 16.
     """
 
     model: Model
@@ -55,6 +56,8 @@ class GuidedModel:
     cfg_channels: int  # the first ones are guided; the others stay the conditional prediction
     cfg_interval: tuple[float, float]  # of t in [0, 1]; the conditional prediction outside it
     time_scale: float
+    guide: Model | None = None  # a worse model; its prediction stands for the unconditional one
+    cfg_rescale: float = 0.0  # share of the guided prediction that gets the conditional's deviation
 
     def __post_init__(self) -> None:
         """Reject settings outside their range."""
@@ -63,7 +66,9 @@ class GuidedModel:
             raise ValueError(f"cfg_interval must be 0 <= low <= high <= 1, got {low}, {high}")
         if self.cfg_channels < 1:
             raise ValueError(f"cfg_channels must be at least 1, got {self.cfg_channels}")
-        if self.cfg_scale != 1.0 and self.null_label is None:
+        if not 0.0 <= self.cfg_rescale <= 1.0:
+            raise ValueError(f"cfg_rescale must be in [0, 1], got {self.cfg_rescale}")
+        if self.cfg_scale != 1.0 and self.null_label is None and self.guide is None:
             raise ValueError(f"cfg_scale {self.cfg_scale} needs null_label; without it only 1.0")
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
@@ -71,12 +76,27 @@ class GuidedModel:
         low, high = self.cfg_interval
         if self.cfg_scale == 1.0 or not low <= t / self.time_scale <= high:
             return self.model(x, x.new_full((len(x),), t), self.y).float()
+        cond, worse = self._predict_both(x, t)
+        ours, rest = cond[:, : self.cfg_channels], cond[:, self.cfg_channels :]
+        worse = worse[:, : self.cfg_channels]
+        guided = worse + self.cfg_scale * (ours - worse)
+        if self.cfg_rescale:
+            dims = tuple(range(1, x.dim()))
+            deviations = [part.std(dim=dims, keepdim=True) for part in (ours, guided)]
+            rescaled = guided * (deviations[0] / deviations[1].clamp(min=1e-12))
+            guided = guided + self.cfg_rescale * (rescaled - guided)
+        return torch.cat([guided, rest], dim=1)
+
+    def _predict_both(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        """Return the conditional prediction and the one to move away from, fp32 both."""
+        if self.guide is not None:
+            times = x.new_full((len(x),), t)
+            return self.model(x, times, self.y).float(), self.guide(x, times, self.y).float()
         assert self.null_label is not None
         labels = torch.cat([self.y, torch.full_like(self.y, self.null_label)])
         both = self.model(torch.cat([x, x]), x.new_full((2 * len(x),), t), labels).float()
         cond, uncond = both.chunk(2)
-        guided = uncond + self.cfg_scale * (cond - uncond)
-        return torch.cat([guided[:, : self.cfg_channels], cond[:, self.cfg_channels :]], dim=1)
+        return cond, uncond
 
 
 class TrainingLoss(NamedTuple):
@@ -172,6 +192,8 @@ class Diffusion(ABC):
         null_label: int | None = None,
         cfg_channels: int | None = None,
         cfg_interval: tuple[float, float] = (0.0, 1.0),
+        cfg_rescale: float = 0.0,
+        guide: Model | None = None,
         generator: Generators = None,
         progress: bool = False,
         callback: Callable[[int, float], None] | None = None,
@@ -185,16 +207,20 @@ class Diffusion(ABC):
             sampler: one of `samplers`; None for `default_sampler`.
             num_steps: at least 1; None for `default_num_steps[sampler]`.
             cfg_scale: guidance scale; 1.0 = off.
-            null_label: the label that stands for "no class"; needed with guidance only.
+            null_label: the label that stands for "no class"; needed with guidance by it only.
             cfg_channels: guidance acts on this many first channels; None for the objective's
                 own: 3 for "ddpm" (as DiT), all C for "rf".
             cfg_interval: guidance acts while t lies in this closed interval within [0, 1].
-            generator: source of the noise that "ddpm" adds at each step, or one a sample; other
-                samplers add none.
+            cfg_rescale: how far guided predictions get the deviation of the conditional ones, 0
+                to 1.
+            guide: a worse model of the same kind, called alike; guidance moves away from its
+                prediction for the same labels instead of the unconditional one.
+            generator: source of the noise that "ddpm" and "sde" add at each step, or one a
+                sample; other samplers add none.
             progress: show a progress bar.
             callback: called as `callback(step, t)` before the model calls of a step; step counts
-                from 0, t is in [0, 1]. The model then sees N rows, or with guidance at work 2N:
-                first the N with their class, then the N without.
+                from 0, t is in [0, 1]. The model then sees N rows, or with guidance at work and no
+                guide 2N: first the N with their class, then the N without.
 
         Returns:
             (N, C, H, W) float32 latents.
@@ -213,6 +239,8 @@ class Diffusion(ABC):
             null_label=null_label,
             cfg_channels=cfg_channels,
             cfg_interval=cfg_interval,
+            cfg_rescale=cfg_rescale,
+            guide=guide,
             generator=generator,
             callback=callback,
         )
@@ -232,6 +260,8 @@ class Diffusion(ABC):
         null_label: int | None = None,
         cfg_channels: int | None = None,
         cfg_interval: tuple[float, float] = (0.0, 1.0),
+        cfg_rescale: float = 0.0,
+        guide: Model | None = None,
         generator: Generators = None,
         callback: Callable[[int, float], None] | None = None,
     ) -> Iterator[Tensor]:
@@ -244,7 +274,15 @@ class Diffusion(ABC):
         channels = self.default_cfg_channels if cfg_channels is None else cfg_channels
         channels = noise.shape[1] if channels is None else min(channels, noise.shape[1])
         predict = GuidedModel(
-            model, y, cfg_scale, null_label, channels, cfg_interval, self.time_scale
+            model,
+            y,
+            cfg_scale,
+            null_label,
+            channels,
+            cfg_interval,
+            self.time_scale,
+            guide,
+            cfg_rescale,
         )
         steps = self.steps(sampler, num_steps, generator)
         return follow(steps, predict, noise.float(), callback, self.time_scale)

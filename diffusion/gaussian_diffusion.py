@@ -1,5 +1,7 @@
 """DDPM: learn the noise in x_t and the variance of one step back, on a chain of 1000 noise levels.
 
+Or v = signal_scale * eps - noise_scale * x_0 instead of the noise; a chain may end in noise alone.
+
 In order: the chain's coefficients, the objective, the updates of the samplers, Gaussian terms of
 the bound. Coefficients are computed in float64.
 
@@ -37,7 +39,7 @@ class NoiseLevels(NamedTuple):
 
     @classmethod
     def from_alpha_bar(cls, alpha_bar: Tensor) -> "NoiseLevels":
-        """Derive all coefficients from alpha_bar (K,) float64, decreasing in (0, 1).
+        """Derive all coefficients from alpha_bar (K,) float64, decreasing in [0, 1).
 
         Source: DDPM eq. 4 and 7; beta_t = 1 - alpha_bar_t / alpha_bar_{t-1} of any subset of the
         levels, iDDPM eq. 19.
@@ -72,13 +74,21 @@ class StepBack(NamedTuple):
 
 
 class GaussianDiffusion(Diffusion):
-    """The model's first C channels predict the noise; the second C, if learned, the variance.
+    """The model's first C channels predict the noise or v; the second C, if learned, the variance.
 
     Args:
+        prediction: "epsilon", or "v", Salimans & Ho, arXiv:2202.00512, app. D.
+        zero_terminal_snr: shift the chain so that x_t at t = 999 is noise alone, Lin et al.,
+            arXiv:2305.08891, alg. 1; of this epsilon tells nothing about x_0, so it needs "v".
+        min_snr_gamma: weigh the squared error as min(SNR, gamma) on x_0 would, Hang et al.,
+            arXiv:2303.09556, eq. 5 and 6; None: as it is.
         learn_sigma: train the second C channels by the variational bound and sample with their
             variance; otherwise the variance of a step is beta.
         x0_range: lowest and highest value of the data, to which samplers clamp the predicted x_0:
             at t = 999 an error of the noise is 157 times as large in x_0. None: no bounds.
+
+    Raises:
+        ValueError: one is out of range, or two do not fit together.
     """
 
     objective = "ddpm"
@@ -87,11 +97,27 @@ class GaussianDiffusion(Diffusion):
     time_scale = float(NUM_TIMESTEPS)
 
     def __init__(
-        self, *, learn_sigma: bool = True, x0_range: tuple[float, float] | None = None
+        self,
+        *,
+        learn_sigma: bool = True,
+        x0_range: tuple[float, float] | None = None,
+        prediction: str = "epsilon",
+        zero_terminal_snr: bool = False,
+        min_snr_gamma: float | None = None,
     ) -> None:
+        if prediction not in ("epsilon", "v"):
+            raise ValueError(f"prediction must be epsilon or v, got {prediction!r}")
+        if zero_terminal_snr and prediction != "v":
+            raise ValueError(f"zero_terminal_snr needs prediction v, got {prediction}")
+        if min_snr_gamma is not None and not min_snr_gamma > 0:
+            raise ValueError(f"min_snr_gamma must be positive, got {min_snr_gamma}")
         self.learn_sigma, self.x0_range = learn_sigma, x0_range
+        self.predicts_v, self.min_snr_gamma = prediction == "v", min_snr_gamma
+        self.zero_terminal_snr = zero_terminal_snr
         beta = torch.linspace(BETA_START, BETA_END, NUM_TIMESTEPS, dtype=torch.float64)
         self.alpha_bar = (1 - beta).cumprod(dim=0)
+        if zero_terminal_snr:
+            self.alpha_bar = with_zero_end(self.alpha_bar)
         self.levels = NoiseLevels.from_alpha_bar(self.alpha_bar)
         self._tables: dict[torch.device, Tensor] = {}  # the levels (fields, K) fp32 on each device
 
@@ -118,17 +144,32 @@ class GaussianDiffusion(Diffusion):
     def loss_terms(
         self, prediction: Tensor, x_t: Tensor, latents: Tensor, noise: Tensor, t: Tensor
     ) -> dict[str, Tensor]:
-        """Return the noise's squared error and, for the variance alone, the bound in bits.
+        """Return the squared error and, for the variance alone, the bound in bits.
 
         Source: L_hybrid, iDDPM eq. 16. Its weight 0.001 times the sum of 1000 terms of the bound is
         the one term at t with weight 1.
         """
-        eps = prediction[:, : latents.shape[1]]
-        terms = {"mse": mean_flat((noise - eps).square())}
+        predicted, level = prediction[:, : latents.shape[1]], self.levels_at(t.long())
+        target = noise
+        if self.predicts_v:
+            target = level.signal_scale * noise - level.noise_scale * latents
+        terms = {"mse": mean_flat((target - predicted).square())}
+        if self.min_snr_gamma is not None:
+            terms["mse"] = terms["mse"] * self.snr_weight(level).flatten()
         if self.learn_sigma:
-            frozen_eps = torch.cat([eps.detach(), prediction[:, latents.shape[1] :]], dim=1)
-            terms["vb"] = self.bound(frozen_eps, x_t, latents, t.long())
+            frozen = torch.cat([predicted.detach(), prediction[:, latents.shape[1] :]], dim=1)
+            terms["vb"] = self.bound(frozen, x_t, latents, t.long())
         return terms
+
+    def snr_weight(self, level: NoiseLevels) -> Tensor:
+        """Return what an error of the prediction weighs if min(SNR, gamma) weighs one of x_0.
+
+        An error of epsilon is SNR times one of x_0, squared, and an error of v SNR + 1 times.
+        """
+        assert self.min_snr_gamma is not None
+        snr = (level.signal_scale / level.noise_scale).square()
+        capped = snr.clamp(max=self.min_snr_gamma)
+        return capped / (snr + 1) if self.predicts_v else capped / snr
 
     def bound(self, prediction: Tensor, x_t: Tensor, latents: Tensor, t: Tensor) -> Tensor:
         """Return the term of the variational bound at timesteps t, (N,) in bits per dimension.
@@ -156,14 +197,14 @@ class GaussianDiffusion(Diffusion):
         """
         channels = x_t.shape[1]
         if self.learn_sigma:
-            eps, variance = prediction.split(channels, dim=1)
+            variance = prediction[:, channels:]
             fraction = (variance + 1) / 2  # the model's -1..1 spans the range
             least, most = level.posterior_log_variance, level.log_beta
             log_variance = fraction * most + (1 - fraction) * least
         else:
             # level.log_beta may be a float64 scalar on the CPU
-            eps, log_variance = prediction[:, :channels], torch.zeros_like(x_t) + level.log_beta
-        x0 = predicted_x0(level, eps, x_t)
+            log_variance = torch.zeros_like(x_t) + level.log_beta
+        x0 = self.predicted_x0(level, prediction, x_t)
         if x0_range is not None:
             x0 = x0.clamp(*x0_range)
         mean = level.posterior_x0 * x0 + level.posterior_xt * x_t
@@ -215,6 +256,9 @@ class GaussianDiffusion(Diffusion):
             beta_start=BETA_START,
             beta_end=BETA_END,
             beta_schedule="linear",
+            rescale_betas_zero_snr=self.zero_terminal_snr,
+            # at the end of such a chain the noise tells nothing of x_0
+            prediction_type="sample" if self.predicts_v else "epsilon",
         )
         # From 999 down for any number of steps; rounding may give arange one entry too many.
         times = np.arange(NUM_TIMESTEPS, 0, -NUM_TIMESTEPS / num_steps)[:num_steps]
@@ -222,8 +266,8 @@ class GaussianDiffusion(Diffusion):
         scheduler.set_timesteps(timesteps=timesteps)
 
         def update(predict: Predict, x: Tensor, t: int) -> Tensor:
-            _, eps = self.data_and_noise(self.levels.at(t), predict(x, t), x)
-            return scheduler.step(eps, t, x, return_dict=False)[0]
+            x0, eps = self.data_and_noise(self.levels.at(t), predict(x, t), x)
+            return scheduler.step(x0 if self.predicts_v else eps, t, x, return_dict=False)[0]
 
         return [(float(t), partial(update, t=t)) for t in timesteps]
 
@@ -231,17 +275,26 @@ class GaussianDiffusion(Diffusion):
         self, level: NoiseLevels, prediction: Tensor, x_t: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return x_0 and the noise, (N, C, H, W) each, of which x_t is made by a prediction."""
-        eps = prediction[:, : x_t.shape[1]]
-        x0 = predicted_x0(level, eps, x_t)
-        if self.x0_range is None:
-            return x0, eps
-        x0 = x0.clamp(*self.x0_range)
-        return x0, (x_t - level.signal_scale * x0) / level.noise_scale
+        predicted, x0 = prediction[:, : x_t.shape[1]], self.predicted_x0(level, prediction, x_t)
+        if self.x0_range is not None:
+            x0 = x0.clamp(*self.x0_range)
+            return x0, (x_t - level.signal_scale * x0) / level.noise_scale
+        if self.predicts_v:
+            return x0, level.signal_scale * predicted + level.noise_scale * x_t
+        return x0, predicted
+
+    def predicted_x0(self, level: NoiseLevels, prediction: Tensor, x_t: Tensor) -> Tensor:
+        """Return x_0 (N, C, H, W): v and x_t are a rotation of the noise and x_0, or by eps."""
+        predicted = prediction[:, : x_t.shape[1]]
+        if self.predicts_v:
+            return level.signal_scale * x_t - level.noise_scale * predicted
+        return (x_t - level.noise_scale * predicted) / level.signal_scale
 
 
-def predicted_x0(level: NoiseLevels, eps: Tensor, x_t: Tensor) -> Tensor:
-    """Solve x_t = signal_scale * x_0 + noise_scale * eps for x_0."""
-    return (x_t - level.noise_scale * eps) / level.signal_scale
+def with_zero_end(alpha_bar: Tensor) -> Tensor:
+    """Shift and scale sqrt(alpha_bar) (K,) so that it ends at 0 and begins as before."""
+    scale = alpha_bar.sqrt()
+    return ((scale - scale[-1]) * scale[0] / (scale[0] - scale[-1])).square()
 
 
 # -- Gaussian terms of the bound, elementwise in nats

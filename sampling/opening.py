@@ -1,6 +1,7 @@
 """A checkpoint made ready to draw, the same way by every script that draws.
 
-In this order: the flags (`drawing_flags`, `drawing_options`), then `DrawingRun` and `open_run`.
+In this order: the flags (`drawing_flags`, `drawing_options`), then `DrawingRun` and `open_run` with
+its parts.
 """
 
 import argparse
@@ -11,25 +12,42 @@ from typing import Any, NamedTuple
 import torch
 
 from checkpoint.layouts import check_told, known_fields
-from checkpoint.weights import find_latent_norm, find_objective, find_vae_path, open_weights
+from checkpoint.weights import (
+    Weights,
+    find_latent_norm,
+    find_objective,
+    find_vae_path,
+    open_weights,
+)
 from common import process
-from common.errors import UserError
-from common.flags import FlagGroup, FlagParser, dtype_flag, flag, model_size, number
+from common.errors import UserError, blamed_on
+from common.flags import (
+    FlagGroup,
+    FlagParser,
+    average_flag,
+    dtype_flag,
+    flag,
+    model_size,
+    number,
+)
 from data import VAE, Pixels, load_vae
-from diffusion import Diffusion, create_diffusion
+from diffusion import OBJECTIVE_SETTINGS, Diffusion, create_diffusion
 from models import DiT, DiT_models, DiTConfig
 from sampling.offload import build_for_sampling, check_options
 
 TOLD = ("model", "num_classes", "num_experts", "num_experts_per_tok", "image_size")
 
 
-def drawing_flags(parser: FlagParser, *, quantize: bool = True, offload: bool = True) -> FlagGroup:
+def drawing_flags(
+    parser: FlagParser, *, quantize: bool = True, offload: bool = True, guide: bool = True
+) -> FlagGroup:
     """Add the group of flags that `drawing_options` reads.
 
     Args:
         parser: of the script.
         quantize: whether it has `--quantize`.
         offload: whether it has `--offload`.
+        guide: whether it has `--guide-ckpt`.
     """
     group = parser.group("Model")
     group.add(
@@ -46,12 +64,29 @@ def drawing_flags(parser: FlagParser, *, quantize: bool = True, offload: bool = 
     group.add("--num-experts", type=number(int, 0), metavar="E", help="Experts; checked.")
     group.add("--num-classes", type=number(int, 1), metavar="N", help="Classes; checked.")
     group.add("--rf", default=None, **flag, help="Objective of a published file; ours tell.")
-    group.add("--ema", default=True, **flag, help="Take the averaged weights.")
+    group.add(
+        "--ema",
+        **average_flag,
+        help="Take the averaged weights, or those of this decay where a run has several averages.",
+    )
     group.add(
         "--dtype",
         **dtype_flag,
         help="Type of the weights and of the arithmetic. Default: bf16 where it is fast.",
     )
+    group.add(
+        "--time-shift",
+        type=number(float, 0.01, 100),
+        metavar="SHIFT",
+        help="Shift of rectified flow's times towards noise; 1: none. Default: as in training.",
+    )
+    if guide:
+        group.add(
+            "--guide-ckpt",
+            metavar="CKPT",
+            help="Worse model, smaller or trained less, whose predictions guidance moves away from "
+            "instead of those without a class.",
+        )
     if quantize:
         group.add(
             "--quantize",
@@ -69,7 +104,7 @@ def drawing_flags(parser: FlagParser, *, quantize: bool = True, offload: bool = 
 
 def drawing_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of `open_run` that flags say."""
-    names = ("ema", "rf", "dtype", "quantize", "offload", "vae_path")
+    names = ("ema", "rf", "dtype", "quantize", "offload", "vae_path", "time_shift", "guide_ckpt")
     told = {name: getattr(args, name, None) for name in TOLD}
     return {name: getattr(args, name) for name in names if hasattr(args, name)} | {"told": told}
 
@@ -83,6 +118,7 @@ class DrawingRun(NamedTuple):
     vae: VAE | Pixels
     vae_path: str
     settings: Mapping[str, Any]  # {} for published files
+    guide: DiT | None = None  # of `--guide-ckpt`, in eval mode
 
     @property
     def config(self) -> DiTConfig:
@@ -115,12 +151,14 @@ def open_run(
     *,
     device: torch.device,
     dtype: str | None = None,
-    ema: bool = True,
+    ema: bool | float = True,
     rf: bool | None = None,
     vae_path: str | None = None,
     quantize: str | None = None,
     offload: str | None = None,
     told: Mapping[str, Any] | None = None,
+    time_shift: float | None = None,
+    guide_ckpt: str | Path | None = None,
 ) -> DrawingRun:
     """Open a checkpoint for drawing; what does not fit is refused before weights are read.
 
@@ -135,6 +173,8 @@ def open_run(
         offload: likewise.
         told: what flags say of the checkpoint, of `TOLD`; a file without a config needs some of
             it, any other is compared with it. None says nothing.
+        time_shift: of rectified flow's steps; None: that of the checkpoint.
+        guide_ckpt: checkpoint of ours whose model guides, of the same data and objective.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
@@ -156,17 +196,68 @@ def open_run(
     )
     if told.get("image_size") not in (None, size := config.input_size * vae.downsample):
         raise UserError(f"--image-size {told['image_size']}: {path} has {size}")
-    model = build_for_sampling(
-        weights,
-        dtype=process.pick_dtype(dtype, device),
-        device=device,
-        quantize=quantize,
-        offload=offload,
-    )
-    diffusion = create_diffusion(
-        objective,
-        learn_sigma=config.learn_sigma,
-        x0_range=vae.x0_range,
-        time_scale=settings.get("time_scale"),
-    )
-    return DrawingRun(weights.path, model, diffusion, vae, vae_path, settings)
+    guiding = None if guide_ckpt is None else open_guide(guide_ckpt, weights, ema=ema)
+    diffusion = objective_of(objective, config, settings, vae, path, time_shift)
+    options: dict[str, Any] = {
+        "dtype": process.pick_dtype(dtype, device),
+        "device": device,
+        "quantize": quantize,
+        "offload": offload,
+    }
+    model = build_for_sampling(weights, **options)
+    guide = None if guiding is None else build_for_sampling(guiding, **options)
+    return DrawingRun(weights.path, model, diffusion, vae, vae_path, settings, guide)
+
+
+def objective_of(
+    objective: str,
+    config: DiTConfig,
+    settings: Mapping[str, Any],
+    vae: VAE | Pixels,
+    path: str | Path,
+    time_shift: float | None = None,
+) -> Diffusion:
+    """Build the objective of a checkpoint.
+
+    Args:
+        objective: "rf" or "ddpm".
+        config: of its model.
+        settings: of its training, {} for published files.
+        vae: what its latents are of.
+        path: of the checkpoint, for messages.
+        time_shift: instead of the one it was trained with.
+
+    Raises:
+        UserError: its settings are out of range, or it has no shift.
+    """
+    if time_shift is not None and objective != "rf":
+        raise UserError(f"--time-shift {time_shift:g} means nothing for {path}, which is of DDPM")
+    own = {name: settings.get(name) for name in OBJECTIVE_SETTINGS[objective]}
+    if time_shift is not None:
+        own["time_shift"] = time_shift
+    with blamed_on(str(path)):
+        return create_diffusion(
+            objective, learn_sigma=config.learn_sigma, x0_range=vae.x0_range, **own
+        )
+
+
+def open_guide(path: str | Path, weights: Weights, *, ema: bool | float) -> Weights:
+    """Open the weights of `--guide-ckpt`, whose predictions can be compared with a model's.
+
+    Args:
+        path: as in `load_model`.
+        weights: of the model.
+        ema: as in `load_model`.
+
+    Raises:
+        UserError: it is of other data or another objective.
+    """
+    guide = open_weights(path, ema=ema is not False)
+    sides = [(w.config.to_dict(), w.settings) for w in (weights, guide)]
+    fields = ("input_size", "in_channels", "num_classes")
+    differing = [name for name in fields if sides[0][0][name] != sides[1][0][name]]
+    names = ("objective", "time_scale", "prediction", "zero_terminal_snr")
+    differing += [n for n in names if (sides[0][1].get(n) or None) != (sides[1][1].get(n) or None)]
+    if differing:
+        raise UserError(f"--guide-ckpt {path} was trained with another {', '.join(differing)}")
+    return guide

@@ -215,8 +215,9 @@ def test_ddpm_samplers_recover_a_gaussian_from_its_exact_noise_prediction(
 @pytest.mark.parametrize("num_steps", [1, 2])
 def test_ddpm_samplers_take_as_few_steps_as_one(sampler: str, num_steps: int):
     samples = create_diffusion("ddpm").sample(
-        gaussian_model, randn(*SHAPE), Y, sampler=sampler, num_steps=num_steps
-    )
+        *(gaussian_model, randn(*SHAPE), Y), sampler=sampler, num_steps=num_steps,
+        generator=seeded(),
+    )  # fmt: skip
     assert samples.isfinite().all()
     assert samples.mean().item() == pytest.approx(DATA_MEAN, abs=0.3)
 
@@ -488,7 +489,7 @@ def test_unknown_objective_is_refused_by_name():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sampler": "ddpm"}, "euler, heun; got 'ddpm'"),
+        ({"sampler": "ddpm"}, "euler, heun, sde; got 'ddpm'"),
         ({"num_steps": 0}, "at least 1, got 0"),
         ({"cfg_scale": 2.0}, "needs null_label"),
         ({"cfg_channels": 0}, "at least 1, got 0"),

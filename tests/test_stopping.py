@@ -89,6 +89,47 @@ def test_ranks_whose_launcher_is_told_to_stop_agree_on_the_step_that_they_save(
     assert f"at step {step}" in output and "done: " in output
 
 
+def test_a_run_stopped_on_purpose_ends_with_0_and_goes_on_bit_for_bit(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    flags = (*RUN, "--num-workers", "2", "--results-dir", str(tmp_path))
+    command = [sys.executable, "train.py", *flags]
+    launched = Process(command, tmp_path / "stopped.txt", own_group=True)
+    wait_for_step(tmp_path / "run", 3, launched)
+    os.killpg(launched.popen.pid, signal.SIGUSR1)  # as SLURM does: loaders get it too
+    output = launched.wait(60)
+    step = last_step(tmp_path / "run")
+    assert 3 <= step < MAX_STEPS and f"stopped by SIGUSR1 at step {step}, which is" in output
+    for _ in range(2):  # every attempt makes a step at least
+        output = Process([*command, "--stop-after", "1e-6"], tmp_path / "again.txt").wait()
+        step += 1
+        assert f"stopped by --stop-after at step {step}, which is saved" in output
+    Process(command, tmp_path / "resumed.txt").wait()
+    ours, theirs = (
+        load_checkpoint(checkpoint_path(r, MAX_STEPS)) for r in (tmp_path / "run", undisturbed)
+    )
+    for part in ("step", "model", "ema", "optimizer", "rng"):
+        assert_close(ours[part], theirs[part], rtol=0, atol=0)
+
+
+def test_ranks_stopped_on_purpose_agree_on_the_step_and_end_with_0(tmp_path: Path) -> None:
+    flags = (*RUN, "--results-dir", str(tmp_path))
+    # SLURM signals every process; a launcher that ignores this one leaves it to its ranks
+    ignoring = ["bash", "-c", 'trap "" USR1; exec "$@"', "torchrun"]
+    launched = Process([*ignoring, *torchrun("train.py", *flags)], tmp_path / "stopped.txt")
+    wait_for_step(tmp_path / "run", 3, launched)
+    for pid in (launched.popen.pid, *descendants(launched.popen.pid)):
+        os.kill(pid, signal.SIGUSR1)
+    output = launched.wait(60)
+    step = last_step(tmp_path / "run")
+    assert f"stopped by SIGUSR1 at step {step}, which is saved" in output
+    command = torchrun("train.py", *flags, "--stop-after", "1e-6")
+    assert (
+        f"stopped by --stop-after at step {step + 1}, which is saved"
+        in Process(command, tmp_path / "again.txt").wait()
+    )
+
+
 def test_ranks_end_when_their_launcher_is_killed(tmp_path: Path) -> None:
     flags = (*RUN, "--max-steps", "100000", "--num-workers", "1", "--results-dir", str(tmp_path))
     launched = Process(torchrun("train.py", *flags), tmp_path / "log.txt")

@@ -103,4 +103,6 @@ def flags_of_run(settings: Mapping[str, Any], *, with_engine: bool) -> dict[str,
     if settings.get("micro_batch_size"):  # follows from it on any number of ranks
         left_out.add("accum_steps")
     flags = {name: value for name, value in settings.items() if name not in left_out}
+    if several := flags.pop("ema_decays", None):
+        flags["ema_decay"] = several
     return {**flags, "rf": settings.get("objective") == "rf"}

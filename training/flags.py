@@ -14,7 +14,11 @@ from common.flags import (
 )
 from models import BALANCE_TERMS, DiT_models
 from training.config_file import FLAG, ConfigParser
-from training.optimization_flags import add_schedule_flags
+from training.optimization_flags import (
+    add_objective_flags,
+    add_schedule_flags,
+    add_stop_flags,
+)
 from training.tuning_flags import add_latent_flags, add_rate_flags, add_start_flags
 
 
@@ -36,10 +40,12 @@ def build_parser(docstring: str | None) -> FlagParser:
     _add_balance_flags(moe)
     optimization = parser.group("Optimization")
     _add_batch_flags(optimization)
+    add_objective_flags(optimization)
     _add_optimizer_flags(optimization)
     add_schedule_flags(optimization)
     run = parser.group("Run")
     _add_course_flags(run)
+    add_stop_flags(run)
     _add_output_flags(run)
     return parser
 
@@ -341,7 +347,7 @@ def _add_optimizer_flags(train: FlagGroup) -> None:
         type=number(float, 0, 1000),
         default=0.0,
         metavar="DECAY",
-        help="Decoupled weight decay of AdamW.",
+        help="Decoupled weight decay of matrices; biases, norms, routers and tables have none.",
     )
     train.add(
         "--clip-grad",
@@ -353,9 +359,11 @@ def _add_optimizer_flags(train: FlagGroup) -> None:
     train.add(
         "--ema-decay",
         type=number(float, 0, 1),
-        default=0.9999,
+        nargs="+",
+        default=[0.9999],
         metavar="DECAY",
-        help="Share of the averaged weights that a step keeps.",
+        help="Share of the averaged weights that a step keeps. Several make as many averages in "
+        "train.py; the first is drawn in grids and by default, --ema chooses when sampling.",
     )
     train.add(
         "--precision",

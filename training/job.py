@@ -20,7 +20,7 @@ from common import process
 from common.errors import UserError, blamed_on
 from common.process import Runtime
 from data import VAE, Data, ImageDataset, LatentNorm, Pixels, open_data
-from diffusion import Diffusion, create_diffusion
+from diffusion import OBJECTIVE_SETTINGS, Diffusion, create_diffusion
 from models import DiT, DiT_models
 from training.initial import (
     check_same_network,
@@ -92,7 +92,7 @@ def prepare(args: argparse.Namespace, *, meta: bool = False, precision: str | No
         settings.objective,
         learn_sigma=model.config.learn_sigma,
         x0_range=vae.x0_range,
-        time_scale=settings.time_scale,
+        **{name: getattr(settings, name) for name in OBJECTIVE_SETTINGS[settings.objective]},
     )
     counts, start = model.num_parameters(), told_start(settings, model)
     return Job(settings, rt, dataset, vae, diffusion, model, counts, start)

@@ -6,7 +6,7 @@ loop around it all, `launch` and `fit`.
 
 import argparse
 import logging
-import signal
+import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from checkpoint.run_lock import lock_run
 from common import process
-from common.stopping import StopRequest
+from common.stopping import ON_PURPOSE, StopRequest, stop_name
 from data import make_loader
 from training.job import Job, describe, prepare
 from training.optimization import learning_rate
@@ -147,7 +147,8 @@ def launch(
     """Run a training script: build everything, resume, train until `--max-steps`.
 
     A run that a signal stopped ends with the exit code 128 + its number, 130 or 143: it is not
-    done, and the next command of a script must not run as if it were.
+    done, and the next command of a script must not run as if it were. One that was to be stopped,
+    by SIGUSR1 or `--stop-after`, ends with 0.
 
     Args:
         args: of `build_parser`.
@@ -158,6 +159,7 @@ def launch(
     Raises:
         UserError, OSError: what a user can mend.
     """
+    began = time.monotonic()
     job = prepare(args, meta=meta, precision=precision)
     if args.dry_run:
         if job.rt.is_main:
@@ -169,21 +171,26 @@ def launch(
         trainer = make_trainer(job)
         if checkpoint:
             trainer.resume(checkpoint)
-        stopped_by = fit(trainer)
-    process.finish(128 + stopped_by if stopped_by else 0)
+        hours = job.settings.stop_after
+        stopped_by = fit(trainer, None if hours is None else began + 3600 * hours)
+    process.finish(128 + stopped_by if stopped_by and stopped_by not in ON_PURPOSE else 0)
 
 
-def fit(trainer: Trainer) -> int:
+def fit(trainer: Trainer, deadline: float | None = None) -> int:
     """Train from the trainer's step to `--max-steps`, logging, saving and drawing on the way.
 
+    Args:
+        trainer: of the run.
+        deadline: value of `time.monotonic` after which to stop.
+
     Returns:
-        The signal that stopped it earlier, with its last step saved; else 0.
+        What stopped it earlier, with its last step saved, see `StopRequest.agreed`; else 0.
 
     Raises:
         DivergedError: if the model is no longer made of numbers; that is never saved.
     """
     job, settings = trainer.job, trainer.job.settings
-    with Reporter(job, trainer.step) as reporter, StopRequest(job.rt.device) as stop:
+    with Reporter(job, trainer.step) as reporter, StopRequest(job.rt.device, deadline) as stop:
         if grid_is_due(trainer) and process.from_main(not grid_path(job, trainer.step).exists()):
             draw(trainer, reporter)  # a signal came between the save and the grid
         batches = latent_batches(job, trainer.step + trainer.skipped)
@@ -210,7 +217,7 @@ def fit(trainer: Trainer) -> int:
     if stopped_by:
         logging.info(
             "stopped by %s at step %d, which is saved: the same command continues",
-            signal.Signals(stopped_by).name, trainer.step,
+            stop_name(stopped_by), trainer.step,
         )  # fmt: skip
     else:
         logging.info("done: %s is at step %d", job.run_dir, trainer.step)

@@ -1,6 +1,7 @@
-"""How the weights are moved: the learning rate of a step."""
+"""How the weights are moved: the learning rate of a step, and what Adam is told."""
 
 import math
+from typing import Any
 
 import torch
 
@@ -24,6 +25,16 @@ def learning_rate(settings: TrainSettings, step: int) -> float:
     if settings.lr_schedule == "cosine":
         fallen = (1 - math.cos(math.pi * fallen)) / 2
     return (1 - fallen) * rate + fallen * settings.min_lr
+
+
+def adam_arguments(settings: TrainSettings) -> dict[str, Any]:
+    """Return what the flags tell AdamW, beside its parameters."""
+    return {
+        "lr": settings.lr,
+        "betas": tuple(settings.adam_betas),
+        "eps": settings.adam_eps,
+        "weight_decay": settings.weight_decay,
+    }
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -1,10 +1,56 @@
-"""The flags of schedule and optimizer that came after the recipe of the paper; off by default."""
+"""The flags of objective, schedule and optimizer beyond the paper's recipe; off by default."""
 
-from common.flags import FlagGroup, number
+from common.flags import FlagGroup, flag, number
+
+ALMOST_ONE = 1 - 1e-9  # a moment that forgets nothing is none
+
+
+def add_objective_flags(train: FlagGroup) -> None:
+    """Add what the objectives can do otherwise than as published."""
+    train.add(
+        "--time-sampling",
+        nargs="+",
+        metavar=("LAW", "NUMBER"),
+        help="Law of rectified flow's training times: lognormal MEAN DEVIATION, of their logit, "
+        "uniform, or mode SCALE. Default: lognormal 0 1.",
+    )
+    train.add(
+        "--time-shift",
+        type=number(float, 0.01, 100),
+        metavar="SHIFT",
+        help="Shift of rectified flow's times towards noise, in training and sampling: the root of "
+        "how many times more values an image has. Default: that of --init-from, else 1, none.",
+    )
+    train.add(
+        "--prediction",
+        choices=("epsilon", "v"),
+        help="What the model predicts for DDPM: the noise, or v. Default: that of --init-from, "
+        "else epsilon.",
+    )
+    train.add(
+        "--zero-terminal-snr",
+        **flag,
+        help="End DDPM's chain in noise alone; needs --prediction v. Default: as --init-from, else "
+        "off.",
+    )
+    train.add(
+        "--min-snr-gamma",
+        type=number(float, 1e-3, 1e6),
+        metavar="GAMMA",
+        help="Weigh DDPM's squared error by the ratio of signal to noise, at most this; 5 is "
+        "usual. Default: every step counts the same.",
+    )
 
 
 def add_schedule_flags(train: FlagGroup) -> None:
-    """Add the flags of how the learning rate falls."""
+    """Add how the learning rate falls, the optimizer and its numbers."""
+    train.add(
+        "--optimizer",
+        choices=("adamw", "muon"),
+        default="adamw",
+        help="What moves the weights; muon has the matrices of attention, MLPs and experts, each "
+        "expert's own, and AdamW the rest; train.py only.",
+    )
     train.add(
         "--lr-schedule",
         choices=("constant", "cosine", "wsd"),
@@ -25,4 +71,30 @@ def add_schedule_flags(train: FlagGroup) -> None:
         metavar="STEPS",
         help="Last optimizer steps of the run, over which the rate falls. Default: all after the "
         "warm-up for cosine, a fifth of the run for wsd.",
+    )
+    train.add(
+        "--adam-betas",
+        type=number(float, 0, ALMOST_ONE),
+        nargs=2,
+        default=[0.9, 0.999],
+        metavar=("BETA1", "BETA2"),
+        help="Shares of Adam's two moments, of the gradient and of its square, that a step keeps.",
+    )
+    train.add(
+        "--adam-eps",
+        type=number(float, 0, 1),
+        default=1e-8,
+        metavar="EPS",
+        help="What Adam adds to the root of the second moment.",
+    )
+
+
+def add_stop_flags(run: FlagGroup) -> None:
+    """Add when a run ends before its last step."""
+    run.add(
+        "--stop-after",
+        type=number(float, 0),
+        metavar="HOURS",
+        help="Time after which the run saves its step and ends with code 0, as by SIGUSR1; the "
+        "same command goes on. Default: no limit.",
     )

@@ -50,7 +50,7 @@ def _matching(names: Iterable[str], pattern: str, flag: str) -> list[str]:
 def optimizer_groups(
     named: Iterable[tuple[str, nn.Parameter]], settings: TrainSettings
 ) -> list[dict[str, Any]]:
-    """Return the trained parameters in groups of one rate, as optimizers take them.
+    """Return the trained parameters in groups of one rate and decay, as optimizers take them.
 
     Each group has "names" of its parameters and "lr_scale", by which
     `set_learning_rate` multiplies the rate.
@@ -63,18 +63,30 @@ def optimizer_groups(
         UserError: a pattern matches nothing.
     """
     trained = {name: parameter for name, parameter in named if parameter.requires_grad}
-    scale = dict.fromkeys(trained, 1.0)
+    scale, decay = dict.fromkeys(trained, 1.0), settings.weight_decay
     for text in settings.lr_scale or ():
         pattern, _, factor = text.rpartition("=")
         scale |= dict.fromkeys(_matching(trained, pattern, "--lr-scale"), float(factor))
+    kinds = {name: (scale[name], decay if is_decayed(name) else 0.0) for name in trained}
     return [
         {
-            "params": [trained[name] for name in trained if scale[name] == one],
-            "names": [name for name in trained if scale[name] == one],
-            "lr_scale": one,
+            "params": [trained[name] for name in trained if kinds[name] == kind],
+            "names": [name for name in trained if kinds[name] == kind],
+            "lr_scale": kind[0],
+            "weight_decay": kind[1],
         }
-        for one in dict.fromkeys(scale.values())
+        for kind in dict.fromkeys(kinds.values())
     ]
+
+
+def is_decayed(name: str) -> bool:
+    """Tell whether weight decay acts on a parameter: not on biases, norms, routers and tables.
+
+    A decayed router makes the choice of experts ever more alike, and a table's row of a class that
+    comes rarely would shrink without ever being used.
+    """
+    left_alone = ("bias", "norm.weight", "embedding_table.weight")
+    return not name.endswith(left_alone) and ".router." not in name
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> dict[str, Any]:

@@ -70,8 +70,9 @@ def _is_of_this_command(latest: Path, settings: TrainSettings) -> bool:
 
 def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a checkpoint with what later versions added, as it was then."""
-    fields = dataclasses.fields(TrainSettings)
-    later = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+    fields, missing = dataclasses.fields(TrainSettings), dataclasses.MISSING
+    later = {f.name: f.default for f in fields if f.default is not missing}
+    later |= {f.name: f.default_factory() for f in fields if f.default_factory is not missing}
     return {**later, **settings}
 
 
@@ -97,7 +98,8 @@ def check_resumable(job: Job, path: Path, config: dict[str, Any], settings: dict
                 "with this, or another --run-name to start anew"
             )
         logging.warning("%s%s", text, difference)
-    names = ("objective", "time_scale", "latent_stats")
+    names: tuple[str, ...] = ("objective", "time_scale", "latent_stats")
+    names += ("prediction", "zero_terminal_snr", "optimizer")
     ours = {**job.model.config.to_dict(), **{name: getattr(job.settings, name) for name in names}}
     # Read as a config: JSON has lists for tuples, and older versions lack fields that came later.
     theirs = {

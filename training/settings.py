@@ -16,19 +16,21 @@ from typing import Any
 from checkpoint.layouts import known_fields
 from checkpoint.weights import open_weights
 from common import process
-from common.errors import FileError, UserError
+from common.errors import FileError, UserError, blamed_on
 from common.process import Runtime
 from data import FolderImages, ImageDataset, LatentNorm
 from data.latent_cache import CachedLatents
+from diffusion import OBJECTIVE_SETTINGS, create_diffusion
 from training.flags import build_parser
 
 # Flags that a run may change on its way, but then it is not the run that it would have been.
 WARN_IF_CHANGED = (
     *("data_path", "vae_path", "flip", "seed", "global_batch_size", "lr", "warmup_steps"),
-    *("lr_schedule", "min_lr", "decay_steps"),
-    *("weight_decay", "clip_grad", "ema_decay", "aux_loss_weight", "precision"),
+    *("lr_schedule", "min_lr", "decay_steps", "adam_betas", "adam_eps"),
+    *("weight_decay", "clip_grad", "ema_decay", "ema_decays", "aux_loss_weight", "precision"),
     *("contrastive_loss_weight", "z_loss_weight", "capacity_loss_weight"),
     *("bias_update_rate", "aux_loss_scope", "freeze", "lr_scale"),
+    *("time_shift", "time_sampling", "min_snr_gamma"),
 )
 # Fields of the network that a flag may leave to the model's size or the file of --init-from.
 NETWORK_FLAGS = (
@@ -103,6 +105,11 @@ class TrainSettings:
     # optimization
     objective: str  # "rf" or "ddpm"
     time_scale: float | None = None  # of rectified flow; None: 1, and for DDPM
+    time_shift: float | None = None  # None: 1
+    time_sampling: list[str] | None = None  # law and numbers; None: lognormal 0 1
+    prediction: str | None = None  # of DDPM: "v"; None: epsilon
+    zero_terminal_snr: bool = False
+    min_snr_gamma: float | None = None
     global_batch_size: int  # = micro_batch_size * accum_steps * ranks
     micro_batch_size: int
     accum_steps: int
@@ -112,9 +119,13 @@ class TrainSettings:
     lr_schedule: str = "constant"  # or "cosine", "wsd"
     min_lr: float = 0.0
     decay_steps: int | None = None  # before max_steps; None: constant
+    optimizer: str = "adamw"  # or "muon"
+    adam_betas: list[float] = dataclasses.field(default_factory=lambda: [0.9, 0.999])
+    adam_eps: float = 1e-8
     weight_decay: float
     clip_grad: float  # 0 = off
     ema_decay: float
+    ema_decays: list[float] | None = None  # all of several, ema_decay first
     precision: str  # "bf16", "fp16" or "fp32"
     grad_checkpointing: bool
     compile: bool
@@ -126,6 +137,7 @@ class TrainSettings:
     allow_new_data: bool
     epochs: int
     max_steps: int  # --epochs included
+    stop_after: float | None = None  # hours
     seed: int
     log_every: int
     ckpt_every: int
@@ -154,15 +166,40 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.model is None:
         fitting = FITTING_SIZES.get(args.data_path, "DiT-S/2")
         raise UserError(f"--model is required; for --data-path {args.data_path} take {fitting}")
-    if args.time_scale is not None and not args.rf:
-        raise UserError(f"--time-scale {args.time_scale:g} means nothing without --rf")
+    check_objective(args)
     if "none" in (args.balance or ()) and len(args.balance) > 1:
         raise UserError(f"--balance {' '.join(args.balance)}: none goes with no other")
     check_schedule(args)
+    cut = hasattr(args, "deepspeed_config") or getattr(args, "expert_parallel", None)
+    if len(set(args.ema_decay)) < len(args.ema_decay):
+        raise UserError(f"--ema-decay {' '.join(map(str, args.ema_decay))}: two are the same")
+    if len(args.ema_decay) > 1 and cut:
+        raise UserError("--ema-decay: only train.py keeps several averages, without cut experts")
+    if args.optimizer == "muon" and cut:
+        raise UserError("--optimizer muon needs whole matrices: take train.py, without cut experts")
     run_dir = Path(args.results_dir) / (args.run_name or default_run_name(args))
     known = args.resume in ("auto", "never") or Path(args.resume).exists()
     if not known and not run_dir.exists():  # else the run may have gone on without that file
         raise FileError(f"--resume {args.resume}: no such file")
+
+
+def check_objective(args: argparse.Namespace) -> None:
+    """Refuse flags of the objective that mean nothing together or are out of range.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    ours, other, where = ("rf", "ddpm", "with") if args.rf else ("ddpm", "rf", "without")
+    for name in OBJECTIVE_SETTINGS[other]:
+        if value := getattr(args, name):
+            text = " ".join(value) if isinstance(value, list) else f"{value}".removesuffix(".0")
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} {text} means nothing {where} --rf")
+    own = {name: getattr(args, name) for name in OBJECTIVE_SETTINGS[ours]}
+    if args.init_from and not args.prediction:  # it may come from there
+        own.pop("zero_terminal_snr", None)
+    with blamed_on("flags"):
+        create_diffusion(ours, **own)
 
 
 def check_schedule(args: argparse.Namespace) -> None:
@@ -250,11 +287,13 @@ def resolve(
         "num_classes": num_classes,
         "balance": args.balance and [term for term in args.balance if term != "none"],
         "objective": "rf" if args.rf else "ddpm",
-        "time_scale": resolve_time_scale(args),
+        **resolve_objective(args),
         "micro_batch_size": micro_batch_size,
         "accum_steps": accum_steps,
         "precision": resolve_precision(precision or args.precision, rt),
         "run_name": args.run_name or process.from_main(default_run_name(args)),
+        "ema_decay": args.ema_decay[0],
+        "ema_decays": args.ema_decay if len(args.ema_decay) > 1 else None,
         "max_steps": max_steps,
         "decay_steps": resolve_decay_steps(args, max_steps),
     }
@@ -269,17 +308,33 @@ def resolve_decay_steps(args: argparse.Namespace, max_steps: int) -> int | None:
     return args.decay_steps or max(fitting[args.lr_schedule], 1)
 
 
-def resolve_time_scale(args: argparse.Namespace) -> float | None:
-    """Return the time scale of rectified flow: the flag, or that of `--init-from`; None for DDPM.
+def resolve_objective(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what flags, or else `--init-from`, say of what the model is to predict and when.
 
     Raises: as `open_weights`.
     """
-    if not args.rf:
-        return None
-    if args.time_scale is None and args.init_from:
+    initial: Any = {}
+    if args.init_from:
         initial = open_weights(args.init_from, known=known_fields(args.model)).settings
-        return initial.get("time_scale") or 1.0
-    return args.time_scale or 1.0
+
+    def pick(name: str, default: Any) -> Any:
+        value = getattr(args, name)
+        value = initial.get(name) if value is None else value
+        return None if value in (None, default) else value
+
+    if args.rf:
+        return {
+            "time_scale": pick("time_scale", 1.0) or 1.0,
+            "time_shift": pick("time_shift", 1.0),
+            "zero_terminal_snr": False,
+        }
+    found = {
+        "prediction": pick("prediction", "epsilon"),
+        "zero_terminal_snr": bool(pick("zero_terminal_snr", False)),
+    }
+    with blamed_on("--zero-terminal-snr"):
+        create_diffusion("ddpm", **found)
+    return found
 
 
 def resolve_precision(name: str | None, rt: Runtime) -> str:
@@ -325,11 +380,19 @@ NAMED_FLAGS = {
     "bias_update_rate": "bias",
     "aux_loss_scope": "by",
     "time_scale": "time",
+    "time_shift": "shift",
+    "time_sampling": "",
+    "prediction": "",
+    "zero_terminal_snr": "zerosnr",
+    "min_snr_gamma": "minsnr",
     "global_batch_size": "batch",
     "warmup_steps": "warmup",
     "lr_schedule": "",
     "min_lr": "min",
     "decay_steps": "over",
+    "optimizer": "",
+    "adam_betas": "betas",
+    "adam_eps": "adameps",
     "weight_decay": "decay",
     "clip_grad": "clip",
     "ema_decay": "ema",
@@ -358,11 +421,11 @@ def default_run_name(args: argparse.Namespace) -> str:
     for name, label in NAMED_FLAGS.items():
         if (value := getattr(args, name)) != default(name):
             on_or_off = {True: label, False: f"no{label}"}
-            text = (
-                "-".join([*[label] * bool(label), *value])
-                if isinstance(value, list)
-                else f"{label}{value}"
-            )
+            text = f"{label}{value}"
+            if isinstance(value, list):
+                numbers = isinstance(value[0], float)
+                glue = label if numbers or not label else f"{label}-"
+                text = glue + "-".join(map(str, value))
             parts.append(on_or_off[value] if isinstance(value, bool) else text)
     if args.vae_path == "none" and args.data_path not in FITTING_SIZES:
         parts.append("pixels")

@@ -25,6 +25,7 @@ from common import process
 from common.process import Runtime
 from common.quiet import silence_accelerator
 from models import DiT
+from training.optimization import adam_arguments
 from training.parameters import optimizer_groups
 from training.settings import TrainSettings
 from training.zero_config import zero_stage
@@ -104,9 +105,7 @@ def build_engine(
     else:
         model.to_empty(device=rt.device)
     groups = optimizer_groups(model.named_parameters(), settings)
-    optimizer = torch.optim.AdamW(
-        groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True
-    )
+    optimizer = torch.optim.AdamW(groups, **adam_arguments(settings), fused=True)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=config, dist_init_required=False
     )

@@ -33,6 +33,9 @@ class DiTMoEPipeline(DiffusionPipeline):
         class_names: list[str] | None = None,  # diffusers knows no Sequence
         time_scale: float | None = None,
         decoding: dict[str, Any] | None = None,
+        time_shift: float | None = None,
+        prediction: str | None = None,
+        zero_terminal_snr: bool = False,
     ) -> None:
         """Put the parts together.
 
@@ -41,8 +44,9 @@ class DiTMoEPipeline(DiffusionPipeline):
             vae: an autoencoder, None for a model of pixels.
             objective: "rf" or "ddpm".
             class_names: names that labels may be given by.
-            time_scale: of rectified flow; None: 1.
+            time_scale, time_shift: of rectified flow; None: 1.
             decoding: how latents become the VAE's codes: norms of channels, scale, shift.
+            prediction, zero_terminal_snr: of DDPM; None: epsilon.
         """
         super().__init__()
         if vae is not None:
@@ -54,12 +58,21 @@ class DiTMoEPipeline(DiffusionPipeline):
             class_names=class_names or [],
             time_scale=time_scale,
             decoding=decoding or {},
+            time_shift=time_shift,
+            prediction=prediction,
+            zero_terminal_snr=zero_terminal_snr,
         )
         diffusion = importlib.import_module("dit_moe.diffusion")
         learn_sigma = transformer.dit.config.learn_sigma
         x0_range = (-1.0, 1.0) if vae is None else None  # of pixels; latents have no bounds
         self.diffusion = diffusion.create_diffusion(
-            objective, learn_sigma=learn_sigma, x0_range=x0_range, time_scale=time_scale
+            objective,
+            learn_sigma=learn_sigma,
+            x0_range=x0_range,
+            time_scale=time_scale,
+            time_shift=time_shift,
+            prediction=prediction,
+            zero_terminal_snr=zero_terminal_snr,
         )
 
     @torch.no_grad()
@@ -80,7 +93,7 @@ class DiTMoEPipeline(DiffusionPipeline):
             class_labels: numbers or names.
             guidance_scale: 1 = off.
             num_inference_steps: default: the sampler's own.
-            sampler: euler, heun (rf); ddpm, ddim, dpm++ (ddpm).
+            sampler: euler, heun, sde (rf); ddpm, ddim, dpm++ (ddpm).
             seed: of the noise, as sample.py's, for all images together.
             generator: on the CPU, instead of a seed.
             output_type: "pil", "np" (N, S, S, C) in [0, 1] or "pt" (N, C, S, S) in [-1, 1].
