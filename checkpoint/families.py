@@ -127,6 +127,8 @@ def mixture_difference(config: DiTConfig, family: str = "") -> str:
         free |= {"capacity", "moe_blocks", "unconditional_expert"}
         if not family.startswith("ProMoE"):
             free -= {"unconditional_expert"}
+    if not config.qk_norm:
+        free = free | {"qk_norm_eps"}  # of nothing
     expected = {**DiTConfig().to_dict(), **(FAMILIES[family][0] if family else {})}
     fields = config.to_dict()
     if "bias" in config.balance:

@@ -123,6 +123,14 @@ def test_registered_sizes_are_read_from_the_shapes_of_their_published_files(
     assert has_family(found) and found == small
 
 
+def test_an_epsilon_of_norms_that_are_not_there_is_no_other_mixture():
+    """A recipe on a size of DiT-MoE, whose epsilon is another."""
+    config = config_of("promoe")
+    assert not config.qk_norm
+    assert has_family(dataclasses.replace(config, qk_norm_eps=1e-6))
+    assert not has_family(dataclasses.replace(config, qk_norm=True, qk_norm_eps=1e-6))
+
+
 @pytest.mark.parametrize("family", ["dsmoe", "two_slots"])
 def test_a_mixture_that_no_published_code_has_is_not_written_in_their_layout(
     family: str, tmp_path: Path
