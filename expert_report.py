@@ -20,7 +20,14 @@ from plotly.offline import get_plotlyjs
 from common.errors import FileError, one_line_errors, printable
 from common.files import atomic_write, make_writable
 from common.flags import FlagParser, number
-from routing.figures import FAINT, LOAD_COLORS, OVERLAY, expert_colors, relative_load
+from routing.figures import (
+    FAINT,
+    LOAD_COLORS,
+    OVERLAY,
+    expert_colors,
+    relative_load,
+    unconditional_note,
+)
 from routing.tables import (
     FACTORS,
     HALVES,
@@ -69,7 +76,8 @@ def load_table(data: RoutingData, factor: str, halves: list[str]) -> dict[str, A
 
     Loads above 65 are shown as 65: few models have so many experts for each that a token uses.
     """
-    load = np.stack([relative_load(data.counts(factor, half)) for half in halves])
+    routed = data.config.num_experts
+    load = np.stack([relative_load(data.counts(factor, half), routed) for half in halves])
     thousandths = np.nan_to_num((load * 1000).round().clip(max=NOTHING - 1), nan=NOTHING)
     return {"shape": load.shape, "data": encode(thousandths.astype("<u2"))}
 
@@ -93,13 +101,14 @@ def page_data(data: RoutingData, max_pictures: int, max_steps: int) -> dict[str,
     pictures = data.traced_images[:max_pictures].permute(0, 2, 3, 1).numpy()  # (R, H, W, C)
     pictures = np.broadcast_to(pictures, (*pictures.shape[:3], 3))
     ids = data.traced_ids[:max_pictures, shown_steps, :, :, 0]  # (R, S, L, T)
-    most = max(data.num_experts / data.config.experts_per_token, 1.01)
+    most = max(data.config.num_experts / data.config.experts_per_token, 1.01)
     colors = expert_colors(data.num_experts)
     return {
         "title": data.title,
         "halves": halves,
         "layers": data.layers,
-        "num_experts": data.num_experts,
+        "expert_names": data.expert_names,
+        "unconditional_note": unconditional_note(data),
         "num_patches": num_patches,
         "most": most,
         "colorscale": color_scale(most),

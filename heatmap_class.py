@@ -25,6 +25,7 @@ from routing.figures import (
     pick_layers,
     relative_load,
     save_figure,
+    unconditional_note,
 )
 from routing.tables import RoutingData
 
@@ -59,7 +60,7 @@ def draw(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
     """Draw classes x experts for each layer."""
     layers = pick_layers(args, data)
     counts = data.counts("class", args.half)[layers]  # (layers, X, E)
-    load = relative_load(counts)
+    load = relative_load(counts, data.config.num_experts)
     order, ylabel = np.arange(load.shape[1]), "class"
     if args.order == "similarity":
         order, ylabel = similarity_order(load), "class, similar ones together"
@@ -71,11 +72,11 @@ def draw(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
         title=figure_title("Experts by class", args, data),
         xlabel="expert",
         ylabel=ylabel,
-        xticks=[str(expert) for expert in range(load.shape[2])],
+        xticks=data.expert_names,
         yticks=[data.class_names[i] for i in data.drawn_classes[order].tolist()],
         color_label="load of the expert within the class, relative to even",
         panel_size=(1.9, 2.4),
-        notes=(nmi_note("class"), half_note(args, data)),
+        notes=(nmi_note("class"), half_note(args, data), unconditional_note(data)),
     )
 
 

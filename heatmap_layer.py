@@ -43,6 +43,7 @@ from routing.figures import (
     pick_layers,
     relative_load,
     save_figure,
+    unconditional_note,
     wrap,
 )
 from routing.tables import HALVES, RoutingData
@@ -87,19 +88,19 @@ def by_expert(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
     """Draw layers x experts: what was chosen, and the mean router probability."""
     layers = pick_layers(args, data)
     load = data.counts("step", args.half).sum(dim=1)[layers]  # (layers, E)
-    probs = data.mean_probs(args.half)[layers]
+    probs, routed = data.mean_probs(args.half)[layers], data.config.num_experts
     return heatmap_grid(
-        [relative_load(load), np.asarray(probs) * data.num_experts],
+        [relative_load(load, routed), np.asarray(probs) * routed],
         ["chosen", "mean router probability"],
         load_scale(args, data),
         title=figure_title("Load of the experts", args, data),
         xlabel="expert",
         ylabel="layer",
-        xticks=[str(expert) for expert in range(data.num_experts)],
+        xticks=data.expert_names,
         yticks=[str(data.layers[i]) for i in layers],
         color_label="relative to even",
         panel_size=(3.4, max(3.0, 0.16 * len(layers))),
-        notes=(half_note(args, data),),
+        notes=(half_note(args, data), unconditional_note(data)),
     )
 
 
@@ -114,24 +115,25 @@ def by_factor(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
     }
     ylabel, yticks = rows[args.by]
     return heatmap_grid(
-        relative_load(counts),
+        relative_load(counts, data.config.num_experts),
         [f"layer {data.layers[i]} · NMI {value:.3f}" for i, value in zip(layers, nmi, strict=True)],
         load_scale(args, data),
         title=figure_title(f"Experts by {args.by}", args, data),
         xlabel="expert",
         ylabel=ylabel,
-        xticks=[str(expert) for expert in range(data.num_experts)],
+        xticks=data.expert_names,
         yticks=list(yticks),
         color_label=f"load of the expert within the {args.by}, relative to even",
         panel_size=(1.9, 2.2),
-        notes=(nmi_note(args.by), half_note(args, data)),
+        notes=(nmi_note(args.by), half_note(args, data), unconditional_note(data)),
     )
 
 
 def by_map(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
     """Draw a little map for each layer (rows) and expert (columns), laid out as the image."""
     layers = pick_layers(args, data)
-    load = relative_load(data.counts("patch", args.half)[layers])  # (layers, T, E)
+    counts = data.counts("patch", args.half)[layers]
+    load = relative_load(counts, data.config.num_experts)  # (layers, T, E)
     (L, T, E), norm = load.shape, load_scale(args, data)
     side = math.isqrt(T)
     cell = side + max(side // 8, 1)  # a gap between maps
@@ -148,7 +150,7 @@ def by_map(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
         mosaic = mosaic.reshape(rows * cell, E * cell)[: side - cell, : side - cell]
         image = axis.imshow(mosaic, norm=norm, cmap=colors, interpolation="nearest")
         middle = (side - 1) / 2
-        axis.set_xticks([middle + cell * e for e in range(E)], [str(e) for e in range(E)])
+        axis.set_xticks([middle + cell * e for e in range(E)], data.expert_names)
         names = [str(data.layers[layers[row]]) for row in block]
         axis.set_yticks([middle + cell * row for row in range(rows)], names)
         axis.tick_params(length=0)
@@ -158,7 +160,7 @@ def by_map(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
     label = "load of the expert at the patch,\nrelative to even"
     add_color_bar(figure, image, norm, label, most=np.nanmax(load), axes=axes)
     note = "Each small map is the picture: how often the layer sends that patch to the expert."
-    add_note(figure, note, half_note(args, data))
+    add_note(figure, note, half_note(args, data), unconditional_note(data))
     return figure
 
 
@@ -175,8 +177,8 @@ def by_pair(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
     pairs = data.pairs[HALVES.index(args.half)][layers].double().numpy()
     E = pairs.shape[1]
     pairs[:, np.arange(E), np.arange(E)] = np.nan  # an expert with itself
-    even = np.nansum(pairs, axis=(1, 2), keepdims=True) / (E * (E - 1))
-    names = [str(expert) for expert in range(E)]
+    num_pairs = data.config.num_experts * (data.config.num_experts - 1)  # the routed alone
+    even = np.nansum(pairs, axis=(1, 2), keepdims=True) / max(num_pairs, 1)
     return heatmap_grid(
         pairs / np.maximum(even, 1e-9),
         [f"layer {data.layers[i]}" for i in layers],
@@ -184,11 +186,11 @@ def by_pair(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
         title=figure_title("Experts chosen together", args, data),
         xlabel="expert",
         ylabel="expert",
-        xticks=names,
-        yticks=names,
+        xticks=data.expert_names,
+        yticks=data.expert_names,
         color_label="tokens that chose both, relative to an even use of all pairs",
         panel_size=(2.1, 2.1),
-        notes=(half_note(args, data),),
+        notes=(half_note(args, data), unconditional_note(data)),
     )
 
 
@@ -227,7 +229,7 @@ def by_sample(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
     names = ["picture", *(f"t = {data.times[step]:.2f}" for step in steps)]
     for axis, name in zip(axes[0], names, strict=True):
         axis.set_title(name, fontsize=9)
-    legend = [Patch(color=colors(e), label=str(e)) for e in range(E)]
+    legend = [Patch(color=colors(e), label=name) for e, name in enumerate(data.expert_names)]
     place: Any = {"loc": "outside right center", "ncols": math.ceil(E / MAX_LEGEND_ROWS)}
     figure.legend(handles=legend, title="expert", fontsize=9, **place)
     name = data.class_names[int(data.traced_labels[args.sample])]

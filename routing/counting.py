@@ -42,6 +42,8 @@ class LoadCounter:
 
     Attributes:
         counts: (L, E) int64 on the model's device; L = 0 for a dense model.
+        layers: numbers of the L blocks with experts.
+        num_routed: experts that a router chooses from, the first of E: not the unconditional one.
     """
 
     def __init__(self, model: DiT, device: torch.device | None = None) -> None:
@@ -52,6 +54,8 @@ class LoadCounter:
             device: it runs on; by default that of its parameters.
         """
         mixtures = mixtures_of(model)
+        self.layers = [index for index, block in enumerate(model.blocks) if block.is_moe]
+        self.num_routed = model.config.num_experts
         device = device or next(model.parameters()).device
         shape = (len(mixtures), model.config.num_all_experts)
         self.counts = torch.zeros(shape, dtype=torch.int64, device=device)

@@ -18,7 +18,7 @@ from matplotlib.colors import TwoSlopeNorm, to_hex, to_rgb
 from common.errors import FileError, UserError
 from common.files import atomic_write, make_writable
 from common.flags import FlagParser, number
-from routing.tables import HALVES, RoutingData, refuse_foreign
+from routing.tables import HALVES, UNCONDITIONAL, RoutingData, refuse_foreign
 
 mpl.use("Agg")
 mpl.rcParams["text.parse_math"] = False  # a class may be called "$5"
@@ -137,6 +137,16 @@ def half_note(args: argparse.Namespace, data: RoutingData) -> str:
     )
 
 
+def unconditional_note(data: RoutingData) -> str:
+    """Explain the expert that has no number, "" where there is none."""
+    if not data.config.unconditional_expert:
+        return ""
+    return (
+        f"{UNCONDITIONAL} is the unconditional expert, which serves the images without a class "
+        "and no others."
+    )
+
+
 def nmi_note(factor: str) -> str:
     """Explain the number above the panels of a figure by class, step or patch."""
     return (
@@ -168,14 +178,19 @@ def wrap(text: str, inches: float, points: float) -> str:
 # ------------------------------------------------------------------------------ heatmaps
 
 
-def relative_load(counts: Any, axis: int = -1) -> np.ndarray:
-    """Divide counts by the even load along an axis: 1 = even, 0 = never, E / K = every token.
+def relative_load(counts: Any, num_experts: int | None = None) -> np.ndarray:
+    """Divide counts (..., E) by the even load: 1 = even, 0 = never, E / K = every token.
 
     NaN where nothing was counted, as at steps without guidance in the unconditional half.
+
+    Args:
+        counts: how often each expert was chosen.
+        num_experts: over which a load can be even, those that are routed; E if absent.
     """
     counts = np.asarray(counts, dtype=np.float64)
-    total = counts.sum(axis=axis, keepdims=True)
-    return np.where(total > 0, counts / np.maximum(total, 1), np.nan) * counts.shape[axis]
+    total = counts.sum(axis=-1, keepdims=True)
+    share = np.where(total > 0, counts / np.maximum(total, 1), np.nan)
+    return share * (num_experts or counts.shape[-1])
 
 
 def load_scale(args: argparse.Namespace, data: RoutingData) -> TwoSlopeNorm:
@@ -184,7 +199,7 @@ def load_scale(args: argparse.Namespace, data: RoutingData) -> TwoSlopeNorm:
     It does not depend on the counts, so figures of one model can be compared.
     """
     config = data.config
-    most = args.vmax or max(data.num_experts / config.experts_per_token, 1.01)
+    most = args.vmax or max(config.num_experts / config.experts_per_token, 1.01)
     return TwoSlopeNorm(vmin=0, vcenter=1, vmax=most)
 
 
@@ -243,7 +258,7 @@ def heatmap_grid(
         axis.tick_params(labelsize=7, length=2)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
-    set_ticks(axes[0, 0].set_xticks, xticks, MAX_LABELLED_COLUMNS)
+    set_ticks(axes[0, 0].set_xticks, xticks, MAX_LABELLED_COLUMNS, always=(UNCONDITIONAL,))
     set_ticks(axes[0, 0].set_yticks, yticks, MAX_LABELLED_ROWS)
     for column in range(columns):  # the lowest panel of each column, also of short columns
         lowest = axes[(len(panels) - 1 - column) // columns, column]
@@ -259,10 +274,13 @@ def heatmap_grid(
     return figure
 
 
-def set_ticks(setter: Callable, names: Sequence[str], most: int) -> None:
-    """Label the rows or columns of a heatmap, or every so many of them."""
-    chosen = range(0, len(names), tick_step(len(names), most))
-    setter(list(chosen), [names[i] for i in chosen])
+def set_ticks(
+    setter: Callable, names: Sequence[str], most: int, always: Sequence[str] = ()
+) -> None:
+    """Label the rows or columns of a heatmap, or every so many of them, and some in any case."""
+    step = tick_step(len(names), most)
+    chosen = [i for i, name in enumerate(names) if i % step == 0 or name in always]
+    setter(chosen, [names[i] for i in chosen])
 
 
 def add_color_bar(

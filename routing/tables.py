@@ -66,6 +66,7 @@ RUN = {"seed": int, "labels": list, "num_images": int, "images_done": int}
 MAX_META_BYTES = 2**26
 MAX_DEPTH = 10_000
 MAX_NAME = 40  # characters of a name in figures and tables
+UNCONDITIONAL = "U"  # the expert for images without a class, which has no number
 UNREADABLE = (
     *(OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, MemoryError),
     *(zipfile.BadZipFile, zlib.error, struct.error),
@@ -108,6 +109,12 @@ class RoutingData:
         return self.by_step.shape[-1]
 
     @property
+    def expert_names(self) -> list[str]:
+        """What figures call the experts: numbers, and `UNCONDITIONAL`."""
+        names = [str(expert) for expert in range(self.config.num_experts)]
+        return [*names, UNCONDITIONAL] if self.config.unconditional_expert else names
+
+    @property
     def layers(self) -> list[int]:
         """Numbers of the blocks that have experts, one for each L."""
         return [block for block in range(self.config.depth) if self.config.is_moe_block(block)]
@@ -145,7 +152,8 @@ class RoutingData:
         source = f"{self.images_done:,} samples ({how})"
         if meta["source"] == "real":
             source = f"{self.images_done:,} real images at {meta['num_steps']} noise levels"
-        experts = f"{self.num_experts} experts, {config.experts_per_token:g} per token"
+        more = " and one unconditional" if config.unconditional_expert else ""
+        experts = f"{config.num_experts} experts{more}, {config.experts_per_token:g} per token"
         name = shown(Path(meta["checkpoint"]["path"]).name)
         return f"{name}: {config.depth} layers, {experts}; {source}"
 
@@ -423,15 +431,19 @@ def measure(data: RoutingData, half: str = "conditional") -> list[dict[str, Any]
     patches; `entropy_early`, `_middle` and `_late` over the first quarter of the steps that this
     half ran in, the middle half and the last quarter; where a token may have several experts
     `pair_usage`, the share of expert pairs ever chosen, and `pair_entropy`, how evenly.
+
+    The conditional half is that of the routed experts: the unconditional one cannot serve there.
     """
     K = data.config.experts_per_token
-    steps = data.counts("step", half)  # (L, S, E)
+    serving = data.config.num_experts if half == "conditional" else data.num_experts
+    tables = {factor: data.counts(factor, half)[..., :serving] for factor in FACTORS}
+    steps = tables["step"]  # (L, S, E)
     steps = steps[:, steps.sum(dim=(0, 2)) > 0]  # guidance may be off in the others
     num_steps = steps.shape[1]
     load = steps.sum(dim=1)
     columns: dict[str, Tensor] = {}
     for factor in FACTORS:
-        columns[f"nmi_{factor}"] = normalized_mutual_information(data.counts(factor, half), K)
+        columns[f"nmi_{factor}"] = normalized_mutual_information(tables[factor], K)
     for name, measured in (
         ("entropy", load_entropy),
         ("max_vio", max_violation),
@@ -439,7 +451,7 @@ def measure(data: RoutingData, half: str = "conditional") -> list[dict[str, Any]
     ):
         columns[name] = measured(load)
         for factor in FACTORS:
-            counts = steps if factor == "step" else data.counts(factor, half)
+            counts = steps if factor == "step" else tables[factor]
             columns[f"{name}_{factor}"] = measured(counts).double().mean(dim=1)
     by_step = load_entropy(steps)  # (L, S)
     quarter = max(num_steps // 4, 1)
@@ -448,7 +460,7 @@ def measure(data: RoutingData, half: str = "conditional") -> list[dict[str, Any]
     columns["entropy_middle"] = by_step[:, middle].mean(dim=1)
     columns["entropy_late"] = by_step[:, -quarter:].mean(dim=1)
     if data.has_pairs:
-        pairs = data.pairs[HALVES.index(half)]
+        pairs = data.pairs[HALVES.index(half), :, :serving, :serving]
         columns["pair_usage"] = pair_usage(pairs)
         columns["pair_entropy"] = load_entropy(pair_counts(pairs))
     values = zip(*(column.tolist() for column in columns.values()), strict=True)

@@ -13,7 +13,7 @@ from launch import REPO, TINY_RUN
 from common.errors import UserError
 from models import DiT_models
 from training.flags import build_parser
-from training.job import prepare
+from training.job import describe, prepare
 from training.settings import default_run_name
 
 RECIPES = sorted((REPO / "config/recipes").glob("*.yaml"))
@@ -139,6 +139,34 @@ def test_every_recipe_builds_and_has_a_run_name_of_its_own(path: Path, tmp_path:
             assert {**job.settings.to_dict(), **config}[field] == value
     names = {default_run_name(parse("--config", str(p), *words[2:])) for p in RECIPES}
     assert len(names) == len(RECIPES)
+
+
+EXPERTS = {  # of a block, the unconditional one too; those that a token uses
+    "dit_moe": (8, 2),
+    "dsmoe": (8, 2),
+    "promoe": (13, 1),
+    "promoe_ec": (13, 1),
+    "ec_dit": (8, 1),
+    "diffmoe": (8, 1),
+}
+
+
+@pytest.mark.parametrize("recipe", EXPERTS)
+def test_a_dry_run_counts_all_experts_and_those_that_a_token_uses(
+    recipe: str, tmp_path: Path
+) -> None:
+    path = str(REPO / f"config/recipes/{recipe}.yaml")
+    words = ("--config", path, "--model", "DiT-S/2", "--results-dir", str(tmp_path), "--dry-run")
+    job = prepare(parse(*words, "--num-classes", "10"), meta=True)
+    total, activated = job.num_parameters
+    config, (experts, used) = job.model.config, EXPERTS[recipe]
+    width, matrices = config.mlp_hidden_size, 3 if config.mlp_type == "swiglu" else 2
+    biases = config.mlp_type == "gelu"
+    one = matrices * 384 * width + biases * (width + 384)
+    layers = sum(config.is_moe_block(block) for block in range(12))
+    assert total - activated == layers * (experts - used) * one
+    assert total == sum(tensor.numel() for tensor in job.model.parameters())
+    assert f"parameters: {total:,} total, {activated:,} activated" in describe(job)
 
 
 @pytest.mark.parametrize("recipe", PUBLISHED)

@@ -261,6 +261,36 @@ def test_every_kind_of_mixture_is_counted_and_drawn(mixture: dict[str, Any], tmp
     expert_report.build_page(data)
 
 
+def test_the_unconditional_expert_is_named_and_no_part_of_the_routed_experts_load(tmp_path: Path):
+    mixture = {"selection": "expert_choice", "balance": (), "unconditional_expert": True}
+    config = dataclasses.replace(TINY_DIGITS, **mixture, moe_blocks="every_second", depth=12)
+    path = tmp_path / "model.safetensors"
+    save_safetensors(path, random_model(config).state_dict(), config, SETTINGS)
+    data = count(str(path), tmp_path / "a.npz")
+    assert data.expert_names == ["0", "1", "2", "3", "U"]
+    assert "4 experts and one unconditional, 2 per token" in data.title
+    for row in measure(data):  # experts that choose have even loads
+        assert row["entropy"] == pytest.approx(1.0)
+        assert row["max_vio"] == row["dead"] == row["dead_class"] == 0
+    for row in measure(data, "unconditional"):  # one expert takes all
+        assert (row["entropy"], row["dead"], row["max_vio"]) == (0, 4, 4)
+    figures = {
+        kind: heatmap_layer.FIGURES[kind](
+            heatmap_layer.build_parser().parse_args(["--data", "x", "--by", kind]), data
+        )
+        for kind in heatmap_layer.FIGURES
+    }
+    for kind, figure in figures.items():
+        columns = [t.get_text() for axis in figure.axes for t in axis.get_xticklabels()]
+        columns += [t.get_text() for legend in figure.legends for t in legend.get_texts()]
+        assert "U" in columns, kind
+    loads = figures["expert"].axes[0].images[0].get_array()  # (L, E), relative to even
+    assert abs(loads[:, :4] - 1).max() < 1e-9 and not loads[:, 4].any()
+    assert "U is the unconditional expert" in str(figures["step"].texts)
+    page = expert_report.page_data(data, 1, 1)
+    assert page["expert_names"][-1] == "U" and page["most"] == 2
+
+
 def test_layers_are_called_by_the_number_of_their_block(tmp_path: Path) -> None:
     config = dataclasses.replace(TINY_DIGITS, moe_blocks="every_second", depth=4)
     path = tmp_path / "model.safetensors"

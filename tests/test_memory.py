@@ -1,5 +1,8 @@
 """The memory plan against facts known on paper; test_train_deepspeed.py has the real engine's."""
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 
@@ -37,6 +40,30 @@ def test_stage_2_keeps_all_weights_on_every_rank(giant: DiT) -> None:
     memory = rank_memory(giant, 2, 64)
     assert memory.weights == 4 * 16_503_731_232
     assert memory.total < 67 * GIB
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "num_numbers"),
+    [
+        ("DiT-S/2", {}, 0),
+        ("DiT-S/2", {"affinity": "sigmoid", "balance": ("bias",)}, 12 * 8),
+        ("DiffMoE-B/2", {}, 6 * 8),
+        ("ProMoE-S/2", {"balance": ("contrastive", "bias")}, 6 * 12),
+    ],
+)
+def test_what_routers_keep_is_whole_on_every_rank(
+    name: str, overrides: dict[str, Any], num_numbers: int
+) -> None:
+    with torch.device("meta"):
+        model = DiT_models[name](**overrides)
+    stateless = copy.deepcopy(model)
+    for module in stateless.modules():
+        module._buffers.clear()
+    for stage in (0, 2, 3):
+        found, expected = (rank_memory(each, stage, 8) for each in (model, stateless))
+        assert found.weights - expected.weights == 4 * num_numbers
+        assert found.ema - expected.ema == (4 * num_numbers if stage == 0 else 0)
+        assert found.total - found.ema == expected.total - expected.ema + 4 * num_numbers
 
 
 def test_the_table_has_a_row_for_every_stage_and_number_of_ranks(giant: DiT) -> None:

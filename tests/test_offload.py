@@ -88,12 +88,19 @@ def test_int8_experts_are_near_bfloat16_and_a_quarter_of_float32(
     assert stored.dtype == torch.int8
 
 
-@pytest.mark.parametrize("family", [*FAMILIES])
+# DSMoE has no published files: no registered sizes, and nothing is written in its layout.
+DSMOE = {"affinity": "sigmoid", "norm_topk_prob": True, "balance": ("bias",)}
+FIELDS = {name: fields for name, (fields, _) in FAMILIES.items()} | {"DSMoE": DSMOE}
+
+
+@pytest.mark.parametrize("family", FIELDS)
 def test_every_family_can_be_streamed_and_quantized(tmp_path: Path, family: str) -> None:
     """Empty slots, dense blocks between, an expert for images without a class; 12 blocks."""
     pytest.importorskip("torchao")
     small = {"hidden_size": 64, "depth": 12, "num_heads": 2, "num_classes": 3, "input_size": 8}
-    model = random_model(DiTConfig(**{**FAMILIES[family][0], **small}))
+    model = random_model(DiTConfig(**{**FIELDS[family], **small}))
+    for buffer in model.buffers():  # biases that decide, thresholds that some are above
+        buffer.uniform_(0.4, 0.6)
     path = save(model, tmp_path, "folder")
     expected = draw(model)
     assert torch.equal(draw(load_for_sampling(path, offload="disk")), expected)
@@ -101,8 +108,9 @@ def test_every_family_can_be_streamed_and_quantized(tmp_path: Path, family: str)
     half = load_for_sampling(path, dtype=torch.bfloat16)
     exact = {name for name, tensor in half.state_dict().items() if tensor.dtype == torch.float32}
     assert exact == {"pos_embed"} | {name for name in half.state_dict() if ".router." in name}
-    save_published(tmp_path / "x.pt", open_weights(path), flash_attention=False, dtype=None)
-    assert torch.equal(draw(load_for_sampling(tmp_path / "x.pt", offload="disk")), expected)
+    if family != "DSMoE":
+        save_published(tmp_path / "x.pt", open_weights(path), flash_attention=False, dtype=None)
+        assert torch.equal(draw(load_for_sampling(tmp_path / "x.pt", offload="disk")), expected)
 
 
 def test_options_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -212,6 +212,18 @@ def test_load_curves_tell_even_from_collapsed_layers() -> None:
     assert scalars["experts/dead/layer_01"] == 3
 
 
+def test_load_curves_are_of_routed_experts_and_called_by_the_number_of_their_block() -> None:
+    model = DiT_models["ProMoE-S/2"](input_size=4, hidden_size=64, num_heads=2, num_experts=4)
+    counter = LoadCounter(model)
+    assert counter.counts.shape == (6, 5)
+    counter.counts.copy_(torch.tensor([5, 5, 5, 5, 7]))  # 7 tokens of images without a class
+    scalars = load_scalars(counter)
+    assert scalars["experts/entropy"] == pytest.approx(1.0)
+    assert scalars["experts/max_vio"] == scalars["experts/dead"] == 0
+    layers = [name for name in scalars if name.startswith("experts/dead/")]
+    assert layers == [f"experts/dead/layer_{block:02d}" for block in range(1, 12, 2)]
+
+
 def test_a_dense_model_has_no_load_curves() -> None:
     model = DiT_models["DiT-Ti/4"](input_size=8, num_experts=0, depth=1)
     assert load_scalars(LoadCounter(model)) == {}

@@ -7,6 +7,8 @@ Bytes of one of P parameters on N ranks, in any precision, since half formats ar
     weights 4, gradients 4, EMA 4, optimizer 8 (Adam's two moments), and 4 more for the engine's own
     copy of the weights at stage 2 and with offload; stage 2 divides all but the weights by N,
     stage 3 all.
+What routers keep beside their weights, biases and thresholds, is whole on every rank, 4 bytes each,
+and 4 more in train.py's EMA, which copies it.
 """
 
 from collections.abc import Sequence
@@ -55,18 +57,19 @@ def rank_memory(
     """
     sizes = [p.numel() for p in model.parameters()]
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    state = sum(buffer.nbytes for buffer in model.buffers())
     if stage == 0:
         count = sum(trained)
-        return Memory(4 * sum(sizes), 4 * count, 8 * count, 4 * count, 0)
+        return Memory(4 * sum(sizes) + state, 4 * count, 8 * count, 4 * count + state, 0)
     if stage == 2:
         part = -(-sum(trained) // (num_ranks * ALIGNMENT)) * ALIGNMENT
-        return Memory(4 * sum(sizes), 4 * part, 12 * part, 4 * part, 0)
+        return Memory(4 * sum(sizes) + state, 4 * part, 12 * part, 4 * part, 0)
     part = sum(-(-size // num_ranks) for size in trained)
     weights = sum(-(-size // num_ranks) for size in sizes)
     whole = sum(size for size in sizes if size <= persistent)
     own = [sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()]
     gradients, optimizer = (8 * part, 12 * part) if offload else (4 * part, 8 * part)
-    return Memory(4 * (weights + whole), gradients, optimizer, 4 * part, 4 * max(own))
+    return Memory(4 * (weights + whole) + state, gradients, optimizer, 4 * part, 4 * max(own))
 
 
 def memory_table(model: nn.Module, ranks: Sequence[int]) -> str:

@@ -132,8 +132,8 @@ class Reporter:
             temp.write_text(json.dumps(self.settings.to_dict(), indent=2, sort_keys=True) + "\n")
         # Steps after the checkpoint are done again: this hides their first points.
         self._writer = SummaryWriter(str(self.run_dir), purge_step=self._start_step + 1)
-        if layers := len(self.counter.counts):
-            tags = [f"experts/max_vio/layer_{layer:02d}" for layer in range(layers)]
+        if layers := self.counter.layers:
+            tags = [f"experts/max_vio/layer_{layer:02d}" for layer in layers]
             layout = {"experts": {"max_vio by layer": ["Multiline", tags]}}
             self._write(lambda writer: writer.add_custom_scalars(layout))
         logging.info("\n%s", describe(self._job))
@@ -221,14 +221,14 @@ class Reporter:
 
 
 def load_scalars(counter: LoadCounter) -> dict[str, float]:
-    """Sum the expert load over all ranks and return its curves, on average and by layer."""
-    counts = process.sum_over_ranks(counter.counts.clone()).cpu()
+    """Sum the load of routed experts over all ranks; its curves, on average and by layer."""
+    counts = process.sum_over_ranks(counter.counts.clone()).cpu()[:, : counter.num_routed]
     scalars: dict[str, float] = {}
     measures = {"entropy": load_entropy, "max_vio": max_violation, "dead": dead_experts}
     for name, measure in measures.items() if len(counts) else ():
         values = measure(counts).float()  # (L,)
         scalars[f"experts/{name}"] = values.mean().item()
-        for layer, value in enumerate(values.tolist()):
+        for layer, value in zip(counter.layers, values.tolist(), strict=True):
             scalars[f"experts/{name}/layer_{layer:02d}"] = value
     return scalars
 
