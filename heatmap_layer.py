@@ -236,7 +236,8 @@ def by_sample(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
     title = f"First expert of each patch, class: {name}"
     figure.suptitle(wrap(title, width, TITLE_SIZE), fontsize=TITLE_SIZE)
     note = "Colour: the expert with the largest weight. t = 1 is noise, t = 0 the picture."
-    add_note(figure, note)
+    nobody = "" if data.config.selection == "token_choice" else "A patch without a colour has none."
+    add_note(figure, note, nobody)
     return figure
 
 

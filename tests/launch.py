@@ -75,9 +75,11 @@ class Process:
                 continue
         self.popen.wait()
 
-    def kill_at_step(self, log_file: Path, step: int, delay: float) -> None:
-        """Kill it `delay` seconds after the run's log shows that `step` is done."""
-        deadline = time.monotonic() + TIMEOUT_SECONDS
+    def kill_at_step(
+        self, log_file: Path, step: int, delay: float, seconds: float = TIMEOUT_SECONDS
+    ) -> None:
+        """Kill it `delay` seconds after the run's log shows that `step` is done, in `seconds`."""
+        deadline = time.monotonic() + seconds
         pattern = re.compile(rf"step {step}:")
         while not (log_file.exists() and pattern.search(log_file.read_text())):
             if self.popen.poll() is not None or time.monotonic() > deadline:
