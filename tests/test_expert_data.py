@@ -262,8 +262,8 @@ def test_every_kind_of_mixture_is_counted_and_drawn(mixture: dict[str, Any], tmp
 
 
 def test_the_unconditional_expert_is_named_and_no_part_of_the_routed_experts_load(tmp_path: Path):
-    mixture = {"selection": "expert_choice", "balance": (), "unconditional_expert": True}
-    config = dataclasses.replace(TINY_DIGITS, **mixture, moe_blocks="every_second", depth=12)
+    mixture = {**MIXTURES[2], "moe_blocks": "every_second", "depth": 12}
+    config = dataclasses.replace(TINY_DIGITS, **mixture)
     path = tmp_path / "model.safetensors"
     save_safetensors(path, random_model(config).state_dict(), config, SETTINGS)
     data = count(str(path), tmp_path / "a.npz")
@@ -284,7 +284,7 @@ def test_the_unconditional_expert_is_named_and_no_part_of_the_routed_experts_loa
         columns = [t.get_text() for axis in figure.axes for t in axis.get_xticklabels()]
         columns += [t.get_text() for legend in figure.legends for t in legend.get_texts()]
         assert "U" in columns, kind
-    loads = figures["expert"].axes[0].images[0].get_array()  # (L, E), relative to even
+    loads: Any = figures["expert"].axes[0].images[0].get_array()  # (L, E), relative to even
     assert abs(loads[:, :4] - 1).max() < 1e-9 and not loads[:, 4].any()
     assert "U is the unconditional expert" in str(figures["step"].texts)
     page = expert_report.page_data(data, 1, 1)
