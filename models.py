@@ -26,7 +26,9 @@ from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_ops import (
+    ExpertGroup,
     exact_linear,
+    exchange,
     gather_over_ranks,
     gelu_experts,
     num_ranks,
@@ -842,6 +844,7 @@ class MoE(nn.Module):
             if config.num_shared_experts
             else None
         )
+        self.exchange: Callable[..., Any] | None = None  # with other ranks, `use_expert_group`
 
     def forward(self, x: Tensor, is_null: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Map (N, T, D) tokens, of images without a class where `is_null` (N,), to as many.
@@ -854,15 +857,18 @@ class MoE(nn.Module):
         # order has other bits, and a run would not resume as if it had never stopped.
         routing = self.router(tokens.view_as(x), is_null)  # (M, S) experts and weights
         chosen = routing.expert_indices, routing.expert_weights, routing.num_rows
-        rounded = tokens
+        rounded, shared = tokens, None
         if self.shared_experts is not None:  # once, for both kinds of experts
             rounded = cast_for(next(self.shared_experts.parameters()), tokens)
-        out = self.experts(rounded, *chosen)  # (M, D)
-        out = out.view_as(x)  # (N, T, D)
-        if self.shared_experts is not None:
-            shared = x if rounded is tokens else rounded.view_as(x)
-            out = out + self.shared_experts(shared)  # (N, T, D)
-        return out, routing.aux_losses
+            shared = partial(self.shared_experts, x if rounded is tokens else rounded.view_as(x))
+        if self.exchange is None:
+            out = self.experts(rounded, *chosen).view_as(x)  # (N, T, D)
+            beside = None if shared is None else shared()  # (N, T, D)
+        else:
+            sent = cast_for(self.experts.down_proj, rounded)
+            out, beside = self.exchange(sent, *chosen, experts=self.experts, meanwhile=shared)
+            out = out.view_as(x)  # (N, T, D)
+        return out if beside is None else out + beside, routing.aux_losses
 
 
 # ------------------------------------------------------------------------------ transformer
@@ -1038,6 +1044,17 @@ class DiT(nn.Module, PyTorchModelHubMixin, library_name="dit-moe"):
         for module in self.modules():
             if isinstance(module, TopKRouter):
                 module.pooled = not enabled
+
+    def use_expert_group(self, group: ExpertGroup) -> None:
+        """Keep this rank's experts of every layer only; tokens travel to those of the others."""
+        for module in self.modules():
+            if isinstance(module, MoE):
+                num_experts = self.config.num_all_experts
+                first, last = group.experts_of(group.rank, num_experts)
+                for name, whole in list(module.experts.named_parameters()):
+                    part = whole.detach()[first:last].clone()
+                    setattr(module.experts, name, nn.Parameter(part, whole.requires_grad))
+                module.exchange = partial(exchange, group=group, num_experts=num_experts)
 
     def num_parameters(self) -> tuple[int, int]:
         """Count parameters: (total, activated by one token), frozen position table included."""

@@ -2,6 +2,7 @@
 
     python train.py --data-path digits --model DiT-Ti/1 --rf --max-steps 1000
     torchrun --nproc_per_node=8 train.py --model DiT-S/2 --num-experts 8 --data-path IMAGES
+    torchrun --nproc_per_node=8 train.py --model DiT-XL/2 --expert-parallel 8 --data-path IMAGES
 
 Running the same command again continues where the run stopped, bit for bit.
 """
@@ -26,6 +27,7 @@ from checkpoint.state import (
 )
 from common import process
 from common.errors import blamed_on, one_line_errors
+from training.expert_parallel import ExpertParallel
 from training.flags import build_parser
 from training.job import Ema, Job, compile_blocks
 from training.loop import (
@@ -41,6 +43,7 @@ from training.optimization import learning_rate, set_learning_rate
 from training.parameters import load_optimizer, optimizer_state, saved_order
 from training.reporter import draw_grid
 from training.resume import check_resumable, restore_rng
+from training.shares import open_shares, save_shares
 
 
 @contextmanager
@@ -93,8 +96,7 @@ class DdpTrainer:
             with ddp_sync(self.wrapped, i == self.settings.accum_steps - 1):
                 losses.append(micro_loss(self.job, self.wrapped, batch))
                 self.scaler.scale(losses[-1].total / self.settings.accum_steps).backward()
-        self.scaler.unscale_(self.optimizer)
-        grad_norm = clip_grad_norm_(self.parameters, self.settings.clip_grad or float("inf"))
+        grad_norm = self._finish_gradients()
         self.scaler.step(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         if self._overflowed():
@@ -106,6 +108,11 @@ class DdpTrainer:
                 average.update()
             self.step += 1
         return {**mean_losses(losses), "grad_norm": grad_norm}
+
+    def _finish_gradients(self) -> Tensor:
+        """Unscale and clip the gradients; returns the () norm that they had."""
+        self.scaler.unscale_(self.optimizer)
+        return clip_grad_norm_(self.parameters, self.settings.clip_grad or float("inf"))
 
     def _overflowed(self) -> bool:
         """Update the loss scale, which an overflow halves; without one nothing is read."""
@@ -186,9 +193,86 @@ class DdpTrainer:
         return draw_grid(self.ema.model, self.job, self.step)
 
 
+class ExpertParallelTrainer(DdpTrainer):
+    """The same with the experts of each layer spread over groups of ranks, saved in shares."""
+
+    def __init__(self, job: Job) -> None:
+        self.part = ExpertParallel(job)
+        super().__init__(job)
+        named = {name: p for name, p in self.model.named_parameters() if name != "pos_embed"}
+        self.trained = {name: p for name, p in named.items() if p.requires_grad}
+        self.whole = {name: p for name, p in named.items() if not p.requires_grad}
+        self.whole |= dict(self.model.named_buffers())
+
+    def _finish_gradients(self) -> Tensor:
+        self.part.reduce_gradients()
+        if self.scaler.is_enabled():
+            self.part.share_overflow()
+        self.scaler.unscale_(self.optimizer)
+        return self.part.clip_gradients(self.settings.clip_grad or float("inf"))
+
+    def _kinds(self) -> dict[str, dict[str, Tensor]]:
+        """Return this rank's tensors by kind and name; moments are zero before the first step."""
+        ema = {name: self.ema.model.get_parameter(name) for name in self.trained}
+        kinds: dict[str, dict[str, Tensor]] = {"model": {**self.trained}, "ema": {**ema}}
+        for kind in ("exp_avg", "exp_avg_sq"):
+            state = {name: self.optimizer.state[p] for name, p in self.trained.items()}
+            kinds[kind] = {
+                name: state[name].setdefault(kind, torch.zeros_like(p, requires_grad=False))
+                for name, p in self.trained.items()
+            }
+        return kinds
+
+    def save(self) -> None:
+        """Write the checkpoint of this step, every rank its share, then drop the oldest ones.
+
+        Raises:
+            UserError: on all ranks, if one could not write; the last checkpoint is untouched.
+        """
+        first = self.optimizer.state[self.parameters[0]]
+        state = {
+            "shapes": {name: list(self.part.shapes[name]) for name in sorted(self.trained)},
+            "step": self.step,
+            "skipped": self.skipped,
+            "adam_step": float(first.get("step", 0)),
+            "loss_scale": self.scaler.state_dict(),
+        }
+        kinds = {kind: self.part.fragments(named) for kind, named in self._kinds().items()}
+        save_shares(self.job, kinds, self.whole, state)
+
+    def resume(self, path: Path) -> None:
+        """Continue from a sharded checkpoint, of any number of ranks and either trainer.
+
+        Raises:
+            ValueError: if it is damaged, of another model, or not sharded.
+        """
+        shapes = {name: self.part.shapes[name] for name in self.trained}
+        buffers = {name: tensor.shape for name, tensor in self.whole.items()}
+        checkpoint = open_shares(self.job, path, shapes, buffers)
+        state = checkpoint.state
+        for p in self.parameters:
+            self.optimizer.state[p]["step"] = torch.tensor(state["adam_step"], device=p.device)
+        for kind, tensors in self._kinds().items():
+            self.part.restore(checkpoint, kind, tensors)
+        for model in (self.model, self.ema.model):
+            model.load_state_dict(checkpoint.buffers(), strict=False)
+        scale = state["loss_scale"].get("scale", state["loss_scale"].get("cur_scale"))
+        if self.scaler.is_enabled() and scale is not None:
+            known = self.scaler.state_dict()
+            self.scaler.load_state_dict(
+                {n: state["loss_scale"].get(n, known[n]) for n in known} | {"scale": scale}
+            )
+        self.step, self.skipped = state["step"], state.get("skipped", 0)
+        restore_rng(self.job, path, self.step, state["num_ranks"], checkpoint.rng)
+        logging.info("resumed %s at step %d", path, self.step)
+
+
 def main(args: argparse.Namespace) -> None:
     """Train."""
-    launch(args, DdpTrainer)
+    if args.expert_parallel is None:
+        launch(args, DdpTrainer)
+    else:
+        launch(args, ExpertParallelTrainer, meta=True)
 
 
 if __name__ == "__main__":

@@ -11,24 +11,14 @@ same command again continues where the run stopped, bit for bit on the same numb
 
 import argparse
 import logging
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from checkpoint.sharded import (
-    ShardedCheckpoint,
-    commit,
-    latest_sharded,
-    partial_folder,
-    write_share,
-    write_state,
-)
-from checkpoint.state import check_shapes
 from common import process
-from common.errors import FileError, UserError, one_line_errors
+from common.errors import one_line_errors
 from common.flags import FlagParser, number
 from training import zero
 from training.flags import build_parser
@@ -45,7 +35,8 @@ from training.loop import (
 from training.memory import memory_table
 from training.optimization import learning_rate, set_learning_rate
 from training.reporter import draw_grid
-from training.resume import check_resumable, restore_rng
+from training.resume import restore_rng
+from training.shares import open_shares, save_shares
 from training.zero_config import engine_config, read_config, resolve_precision
 
 
@@ -114,38 +105,17 @@ class DeepSpeedTrainer:
         Raises:
             UserError: on all ranks, if one could not write; the last checkpoint is untouched.
         """
-        partial = partial_folder(self.job.run_dir, self.step)
         flat = {"model": self.engine.flat, "ema": self.ema} | {
             kind: self.engine.moments(kind) for kind in ("exp_avg", "exp_avg_sq")
         }
         kinds = {kind: self.engine.fragments(tensors) for kind, tensors in flat.items()}
-        if self.engine.is_replica:
-            kinds = {}
-        error = None
-        frozen = self.engine.frozen_parameters()
-        try:
-            buffers = {**self.engine.buffers, **frozen} if self.rt.is_main else {}
-            write_share(partial, self.rt.rank, kinds, process.rng_state(), buffers)
-            if self.rt.is_main:
-                write_state(partial, self._state())
-        except OSError as failure:
-            error = str(failure)
-        errors = process.from_main([e for e in process.gather_on_main(error) if e])
-        if errors:
-            if self.rt.is_main:
-                shutil.rmtree(partial, ignore_errors=True)
-            last = latest_sharded(self.job.run_dir)
-            raise FileError(f"{errors[0]}; the last whole checkpoint is {last}, free some space")
-        kept = (self.settings.keep_last, self.settings.resume)
-        logging.info("checkpoint: %s", process.call_on_main(commit, partial, *kept))
+        whole = {**self.engine.buffers, **self.engine.frozen_parameters()}
+        save_shares(self.job, {} if self.engine.is_replica else kinds, whole, self._state())
 
     def _state(self) -> dict:
         """Return what is the same on all ranks."""
         return {
-            "config": self.job.model.config.to_dict(),
-            "settings": self.settings.to_dict(),
             "shapes": {name: list(self.shapes[name]) for name in sorted(self.trained)},
-            "num_ranks": self.rt.world_size,
             "step": self.step,
             "skipped": self.skipped,
             "adam_step": self.engine.adam_step(),
@@ -158,26 +128,12 @@ class DeepSpeedTrainer:
         Raises:
             ValueError: if it is damaged, of another model, or of train.py.
         """
-        if not (path / "state.json").is_file():
-            raise UserError(
-                f"--resume: {path} is no sharded checkpoint; give another --run-name, and "
-                "--init-from to start from its weights"
-            )
-        checkpoint = ShardedCheckpoint(path)
-        state = checkpoint.state
-        check_resumable(self.job, path, state["config"], state["settings"])
-        if (state["settings"].get("freeze") or []) != (self.settings.freeze or []):
-            raise UserError(
-                f"--freeze: {path} has no shards of what it froze: "
-                f"{' '.join(state['settings'].get('freeze') or ['nothing'])}; give the same, or "
-                "another --run-name and --init-from"
-            )
-        check_shapes(path, checkpoint.shapes, {name: self.shapes[name] for name in self.trained})
-        buffers = checkpoint.buffers()
-        found = {name: buffer.shape for name, buffer in buffers.items()}
+        shapes = {name: self.shapes[name] for name in self.trained}
         whole = [*self.engine.buffers, *self.engine.frozen]
-        check_shapes(path, found, {name: self.shapes[name] for name in whole})
-        for name, buffer in buffers.items():
+        buffers = {name: self.shapes[name] for name in whole}
+        checkpoint = open_shares(self.job, path, shapes, buffers)
+        state = checkpoint.state
+        for name, buffer in checkpoint.buffers().items():
             self.engine.fill(name, buffer)
         moments = {kind: self.engine.moments(kind) for kind in ("exp_avg", "exp_avg_sq")}
         flat = {"model": self.engine.flat, "ema": self.ema, **moments}

@@ -135,8 +135,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     if Path(path).is_dir():
         raise FileError(
-            f"{path} is a sharded checkpoint: resume it with train_deepspeed.py, or give "
-            "another --run-name and start from it with --init-from"
+            f"{path} is a sharded checkpoint: resume it with train_deepspeed.py or "
+            "--expert-parallel, or give another --run-name and start from it with --init-from"
         )
     content = load_torch(Path(path))
     if not is_checkpoint(content):

@@ -3,8 +3,8 @@
 Pure arithmetic, imports nothing of ours. In reading order: `layer` (what the network calls), `plan`
 (the sorting of one dispatch), `matmul` (the experts' matmuls, and how they run where), `fused` (the
 experts themselves, and one that sees all tokens), `gelu` (those with biases and a GELU), `choice`
-(where a token may have any number of experts), `exact` (the router's matmul) and `ranks` (sums over
-all ranks).
+(where a token may have any number of experts), `exact` (the router's matmul), `ranks` (sums over
+all ranks) and `exchange` (where the experts of a layer live on different ranks).
 
 Shapes: M tokens, K experts per token, R = M*K routed rows, E experts, D hidden, F expert hidden.
 One code for all devices. On a GPU every shape is static, and in bfloat16 on compute capability 9.x
@@ -14,6 +14,7 @@ bits.
 """
 
 from moe_ops.exact import exact_linear
+from moe_ops.exchange import ExpertGroup, check_expert_parallel, exchange
 from moe_ops.fused import activate, activate_backward, swiglu_rows
 from moe_ops.layer import gelu_experts, plan_dispatch, swiglu, swiglu_experts
 from moe_ops.matmul import expert_matmuls, grouped_linear
@@ -22,9 +23,12 @@ from moe_ops.ranks import gather_over_ranks, num_ranks, rank, sum_over_ranks
 
 __all__ = [
     "DispatchPlan",
+    "ExpertGroup",
     "activate",
     "activate_backward",
+    "check_expert_parallel",
     "exact_linear",
+    "exchange",
     "expert_matmuls",
     "gather_over_ranks",
     "gelu_experts",

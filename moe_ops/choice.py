@@ -1,7 +1,8 @@
 """The path of tokens that may have any number of experts, from none to all.
 
-In order: `plan_rows`, then the two layers. Rows are sorted by expert as in `plan`, but a slot may
-be empty and the number of rows is only bounded: what lies beyond the last expert's segment is void.
+In order: `plan_rows`, tokens to rows and back, then the two layers. Rows are sorted by expert as in
+`plan`, but a slot may be empty and the number of rows is only bounded: what lies beyond the last
+expert's segment is void.
 
 Shapes: M tokens, S slots a token, R rows, E experts, D hidden, F expert hidden.
 """
@@ -78,6 +79,16 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         plan = RowPlan(*ctx.saved_tensors)
         return (grad.index_select(0, plan.tokens), *[None] * len(plan))
+
+
+def dispatch_rows(x: Tensor, plan: RowPlan) -> Tensor:
+    """Copy (M, D) tokens to (R, D) rows, sorted by expert."""
+    return _Dispatch.apply(x, *plan)
+
+
+def combine_rows(rows: Tensor, plan: RowPlan) -> Tensor:
+    """Sum each token's rows: (R, D) to (M, D)."""
+    return _Combine.apply(rows, *plan)
 
 
 def swiglu_choice(

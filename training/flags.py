@@ -190,6 +190,13 @@ def _add_moe_flags(moe: FlagGroup) -> None:
         "Default: 4.",
     )
     moe.add(
+        "--expert-parallel",
+        type=number(int, 1, 4096),
+        metavar="N",
+        help="Number of neighbouring ranks that hold the experts together, each its part, while "
+        "tokens travel; checkpoints are in shares then. Default: each rank holds all experts.",
+    )
+    moe.add(
         "--unconditional-expert",
         **flag,
         help="Add an expert that alone serves the images without a label. Default: off, in ProMoE "

@@ -10,7 +10,7 @@ import copy
 import json
 import logging
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,6 +22,7 @@ from common.process import Runtime
 from data import VAE, Data, ImageDataset, LatentNorm, Pixels, open_data
 from diffusion import OBJECTIVE_SETTINGS, Diffusion, create_diffusion
 from models import DiT, DiT_models
+from moe_ops import check_expert_parallel
 from training.initial import (
     check_same_network,
     initial_weights,
@@ -82,6 +83,10 @@ def prepare(args: argparse.Namespace, *, meta: bool = False, precision: str | No
         vae.norm = norm
         vae.check_size(settings.image_size)
     model = build_model(settings, vae.channels or dataset.channels, vae.downsample)
+    if (size := settings.expert_parallel) is not None:
+        planned = size if args.dry_run and rt.world_size == 1 else rt.world_size
+        with blamed_on(f"--expert-parallel {size}"):
+            check_expert_parallel(size, model.config.num_experts, planned)
     if not meta and not args.dry_run:
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         state = model.to_empty(device="cpu").state_dict()
@@ -159,9 +164,13 @@ def told_start(settings: TrainSettings, model: DiT) -> list[str]:
 
 
 def compile_blocks(model: DiT) -> None:
-    """Compile every block in place, by `--compile`."""
+    """Compile every block in place, by `--compile`; but not how tokens travel between ranks."""
     for block in model.blocks:
-        block.compile(fullgraph=True)
+        moe: Any = block.moe if block.is_moe else None
+        travels = moe is not None and moe.exchange is not None
+        if travels:
+            moe.exchange = torch.compiler.disable(moe.exchange)
+        block.compile(fullgraph=not travels)
 
 
 def describe(job: Job) -> str:

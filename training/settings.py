@@ -145,6 +145,7 @@ class TrainSettings:
     sample_every: int  # 0 = never
     sample_cfg_scale: float
     deepspeed_config: str | None = None  # of train_deepspeed.py
+    expert_parallel: int | None = None  # ranks that hold a layer's experts together
 
     @property
     def run_dir(self) -> Path:
