@@ -201,8 +201,8 @@ class ExpertParallelTrainer(DdpTrainer):
         super().__init__(job)
         named = {name: p for name, p in self.model.named_parameters() if name != "pos_embed"}
         self.trained = {name: p for name, p in named.items() if p.requires_grad}
-        self.whole = {name: p for name, p in named.items() if not p.requires_grad}
-        self.whole |= dict(self.model.named_buffers())
+        self.whole: dict[str, Tensor] = dict(self.model.named_buffers())  # on every rank
+        self.whole |= {name: p for name, p in named.items() if not p.requires_grad}
 
     def _finish_gradients(self) -> Tensor:
         self.part.reduce_gradients()
