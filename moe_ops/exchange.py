@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from moe_ops.choice import RowPlan, combine_rows, dispatch_rows, plan_rows
@@ -172,7 +173,10 @@ def exchange(
     rows = outward.start(dispatch_rows(x, plan))  # (A, D)
     beside = None if meanwhile is None else meanwhile()
     rows = outward.finish(rows)
-    rows = experts(rows, local, torch.ones_like(local, dtype=rows.dtype))
+    num_arrived = len(rows)
+    if not num_arrived:  # one of zeros, so that experts without a token have a gradient, of zeros
+        rows, local = F.pad(rows, (0, 0, 0, 1)), local.new_zeros(1, 1)
+    rows = experts(rows, local, torch.ones_like(local, dtype=rows.dtype))[:num_arrived]
     rows = homeward.finish(homeward.start(rows))  # (R, D)
     weights = expert_weights.to(x.dtype).flatten().index_select(0, plan.slots)[:, None]
     return combine_rows(rows * weights, plan), beside
