@@ -182,6 +182,7 @@ SAME_RUN = {
     "sample_cfg_scale": "3",
     "dry_run": "True",
     "init_strict": "True",
+    "expert_parallel": "2",
 }
 BASE = {"data_path": "digits", "model": "DiT-Ti/2"}
 SEVERAL = ("adam_betas", "time_sampling")  # flags of several values
