@@ -79,6 +79,9 @@ class DiTConfig:
     moe_blocks: Literal["all", "every_second", "deep_half"] = "all"  # the others are dense
     first_k_dense_replace: int = 0  # the first blocks, dense too
     dense_mlp_ratio: float = 4.0  # width of those blocks' MLP / D
+    # What later recipes have; off, so that published weights stay exact.
+    rope: bool = False  # turn queries and keys by their place, beside the table of positions
+    norm: Literal["layer", "rms"] = "layer"  # of tokens, and of queries and keys
 
     def __post_init__(self) -> None:
         def require(ok: bool, message: str) -> None:
@@ -137,6 +140,7 @@ class DiTConfig:
             "affinity": ("softmax", "sigmoid", "cosine"),
             "selection": ("token_choice", "expert_choice", "batch_choice"),
             "moe_blocks": ("all", "every_second", "deep_half"),
+            "norm": ("layer", "rms"),
         }
         for name, allowed in choices.items():
             value = getattr(self, name)
@@ -146,6 +150,11 @@ class DiTConfig:
             require(term in BALANCE_TERMS, f"balance={self.balance}: {term!r} is none of {known}")
         for name in ("routed_scaling_factor", "dense_mlp_ratio", "qk_norm_eps"):
             require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
+        require(
+            not self.rope or self.hidden_size // self.num_heads % 4 == 0,
+            f"rope=True needs heads whose width is a multiple of 4, not "
+            f"{self.hidden_size // self.num_heads}",
+        )
         self._check_blocks(require)
         self._check_selection(require)
 
@@ -360,6 +369,36 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(self.drop_labels(y, drop_mask))
 
 
+# ------------------------------------------------------------------------------ norms
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) over the last dimension, in float32, and its weight if it has one.
+
+    Source: Zhang & Sennrich, arXiv:1910.07467, eq. 4.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-6, elementwise_affine: bool = True) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight: nn.Parameter | None = None
+        if elementwise_affine:
+            self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., D) to (..., D) fp32."""
+        x = x.float()
+        x = x * (x.square().mean(dim=-1, keepdim=True) + self.eps).rsqrt()
+        return x if self.weight is None else x * self.weight.float()
+
+
+def token_norm(config: DiTConfig) -> nn.Module:
+    """Return the norm before a layer, whose scale and shift adaLN supplies."""
+    if config.norm == "rms":
+        return RMSNorm(config.hidden_size, elementwise_affine=False)
+    return nn.LayerNorm(config.hidden_size, elementwise_affine=False, eps=1e-6)
+
+
 # ------------------------------------------------------------------------------ attention
 
 
@@ -371,15 +410,17 @@ class Attention(nn.Module):
     where they take 0.7 of the time.
     """
 
-    def __init__(
-        self, hidden_size: int, num_heads: int, qk_norm: bool, qk_norm_eps: float = 1e-6
-    ) -> None:
+    def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.num_heads, self.head_dim = num_heads, hidden_size // num_heads
+        hidden_size = config.hidden_size
+        self.num_heads, self.head_dim = config.num_heads, hidden_size // config.num_heads
+        self.rope = config.rope
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        norm = partial(nn.LayerNorm, self.head_dim, eps=qk_norm_eps)
-        self.q_norm = norm() if qk_norm else nn.Identity()
-        self.k_norm = norm() if qk_norm else nn.Identity()
+        layer_norm = partial(nn.LayerNorm, self.head_dim, eps=config.qk_norm_eps)
+        rms_norm = partial(RMSNorm, self.head_dim, config.qk_norm_eps)
+        norm: Any = rms_norm if config.norm == "rms" else layer_norm
+        self.q_norm = norm() if config.qk_norm else nn.Identity()
+        self.k_norm = norm() if config.qk_norm else nn.Identity()
         self.proj = nn.Linear(hidden_size, hidden_size)
         self.use_flash_attn = False  # set by DiT.use_flash_attn
 
@@ -387,7 +428,10 @@ class Attention(nn.Module):
         """Map (N, T, D) to (N, T, D)."""
         qkv = self.qkv(cast_for(self.qkv.weight, x))  # (N, T, 3*D)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # (N, T, heads, d)
+        q, k = self.q_norm(q), self.k_norm(k)  # (N, T, heads, d)
+        if self.rope:
+            q, k = rotate(q), rotate(k)
+        q, k = q.to(v.dtype), k.to(v.dtype)
         if self.use_flash_attn and v.dtype != torch.float32:  # an EMA draws without autocast
             from flash_attn import flash_attn_func
 
@@ -396,6 +440,29 @@ class Attention(nn.Module):
         plain = x.device.type == "cpu" and v.dtype == torch.bfloat16
         attend = plain_attention if plain else F.scaled_dot_product_attention
         return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+def rotate(x: Tensor, max_period: float = 10_000.0) -> Tensor:
+    """Turn each pair of (N, T, heads, d) by an angle that grows with the token's place; fp32.
+
+    The first half of d tells the row, the second the column, each with the d/4 frequencies of
+    max_period^(-4i/d); pairs are i and i + d/4 of a half. Products of queries and keys then depend
+    on how far apart their tokens are, not on where.
+
+    Source: Su et al., arXiv:2104.09864, eq. 34; in two dimensions as in Heo et al.,
+    arXiv:2403.13298, sec. 3.2, axial.
+    """
+    num_tokens, width = x.shape[1], x.shape[-1]
+    size, quarter = math.isqrt(num_tokens), width // 4
+    exponents = torch.arange(quarter, dtype=torch.float32, device=x.device) / quarter
+    places = torch.arange(size, dtype=torch.float32, device=x.device)
+    angles = places[:, None] * torch.exp(-math.log(max_period) * exponents)  # (size, d/4)
+    rows, columns = angles[:, None].expand(-1, size, -1), angles.expand(size, -1, -1)
+    both = torch.stack([rows, columns], dim=2).view(1, num_tokens, 1, 2, quarter)
+    cos, sin = both.cos(), both.sin()
+    first, second = x.float().unflatten(-1, (2, 2, quarter)).unbind(-2)  # (N, T, heads, 2, d/4)
+    turned = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-2)
+    return turned.flatten(-3)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -888,9 +955,9 @@ class DiTBlock(nn.Module):
     def __init__(self, config: DiTConfig, index: int = 0) -> None:
         super().__init__()
         hidden_size = config.hidden_size
-        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden_size, config.num_heads, config.qk_norm, config.qk_norm_eps)
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm1 = token_norm(config)
+        self.attn = Attention(config)
+        self.norm2 = token_norm(config)
         self.is_moe = config.is_moe_block(index)
         if self.is_moe:
             self.moe = MoE(config)
@@ -919,7 +986,7 @@ class FinalLayer(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         hidden_size = config.hidden_size
-        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm_final = token_norm(config)
         self.linear = nn.Linear(hidden_size, config.patch_size**2 * config.out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 

@@ -267,6 +267,11 @@ def _check_published(path: str | Path, config: DiTConfig) -> None:
         UserError: naming the field.
     """
     has = f"this model has mlp_type={config.mlp_type!r}"
+    if config.rope or config.norm != "layer":
+        raise UserError(
+            f"{path}: the published code knows no rope and no norm but layer, this model has "
+            f"rope={config.rope}, norm={config.norm!r}; write a .safetensors or a folder"
+        )
     name = mixture_difference(config) if config.num_experts else ""
     if name not in ("", "mlp_type", "norm_topk_prob"):  # those two are told apart below
         raise UserError(

@@ -130,6 +130,8 @@ OTHER_RUN = {
     "routed_scaling_factor": "2.5",
     "balance": "z_loss",
     "qk_norm_eps": "1e-5",
+    "rope": "True",
+    "norm": "rms",
     "aux_loss_weight": "0.01",
     "contrastive_loss_weight": "10",
     "z_loss_weight": "0.01",

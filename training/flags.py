@@ -130,6 +130,17 @@ def _add_model_flags(model: FlagGroup) -> None:
         help="Added to the variance in these norms. Default: 1e-6, in later families 1e-5.",
     )
     model.add(
+        "--rope",
+        **flag,
+        help="Turn queries and keys by the token's row and column, beside the table of positions. "
+        "Default: off.",
+    )
+    model.add(
+        "--norm",
+        choices=("layer", "rms"),
+        help="Norm before attention and MLP, and of queries and keys. Default: layer.",
+    )
+    model.add(
         "--flash-attn",
         default=False,
         **flag,

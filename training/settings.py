@@ -37,7 +37,7 @@ NETWORK_FLAGS = (
     *("num_experts", "num_experts_per_tok", "num_shared_experts", "mlp_ratio", "mlp_type"),
     *("moe_blocks", "first_k_dense_replace", "dense_mlp_ratio", "unconditional_expert"),
     *("affinity", "selection", "capacity", "exact_thresholds", "norm_topk_prob"),
-    *("routed_scaling_factor", "balance", "qk_norm", "qk_norm_eps"),
+    *("routed_scaling_factor", "balance", "qk_norm", "qk_norm_eps", "rope", "norm"),
 )
 # Embedded data, and the sizes that fit them; to folders DiT-S/2 does.
 FITTING_SIZES = {"digits": "DiT-Ti/1 or DiT-Ti/2", "fashion-mnist": "DiT-Ti/4"}
@@ -81,6 +81,8 @@ class TrainSettings:
     num_shared_experts: int | None
     mlp_ratio: float | None
     qk_norm_eps: float | None = None
+    rope: bool | None = None
+    norm: str | None = None
     mlp_type: str | None = None
     moe_blocks: str | None = None
     first_k_dense_replace: int | None = None
@@ -374,6 +376,8 @@ NAMED_FLAGS = {
     "routed_scaling_factor": "scale",
     "balance": "",
     "qk_norm_eps": "eps",
+    "rope": "rope",
+    "norm": "",
     "aux_loss_weight": "aux",
     "contrastive_loss_weight": "contrastive",
     "z_loss_weight": "z",
