@@ -182,6 +182,7 @@ SAME_RUN = {
     "keep_last": "1",
     "sample_every": "3",
     "sample_cfg_scale": "3",
+    "tracker": "wandb",
     "dry_run": "True",
     "init_strict": "True",
     "expert_parallel": "2",

@@ -139,7 +139,8 @@ def short_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_curves_have_every_documented_tag(short_run: Path) -> None:
     curves = read_curves(short_run)
     tags = {f"train/{name}" for name in ("loss", "aux_loss", "grad_norm", "lr")}
-    tags.add("system/images_per_second")
+    tags |= {f"system/{n}" for n in ("images_per_second", "tflops_per_second", "peak_memory_gib")}
+    tags |= {f"time/{phase}" for phase in ("data", "step", "save", "draw")}
     for measure in ("entropy", "max_vio", "dead"):
         tags.add(f"experts/{measure}")
         tags |= {f"experts/{measure}/layer_{layer:02d}" for layer in range(DEPTH)}

@@ -18,6 +18,7 @@ from training.optimization_flags import (
     add_objective_flags,
     add_schedule_flags,
     add_stop_flags,
+    add_tracker_flags,
 )
 from training.tuning_flags import add_latent_flags, add_rate_flags, add_start_flags
 
@@ -47,6 +48,7 @@ def build_parser(docstring: str | None) -> FlagParser:
     _add_course_flags(run)
     add_stop_flags(run)
     _add_output_flags(run)
+    add_tracker_flags(run)
     return parser
 
 

@@ -32,6 +32,7 @@ from training.initial import (
 )
 from training.parameters import freeze, optimizer_groups
 from training.settings import NETWORK_FLAGS, TrainSettings, check_flags, resolve
+from training.trackers import check_trackers
 
 
 class Job(NamedTuple):
@@ -64,6 +65,7 @@ def prepare(args: argparse.Namespace, *, meta: bool = False, precision: str | No
         UserError: naming the flag whose value does not fit.
     """
     check_flags(args)
+    check_trackers(args.tracker)
     rt = process.setup()
     level = logging.INFO if rt.is_main else logging.WARNING
     logging.basicConfig(level=level, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S")

@@ -136,6 +136,14 @@ def latent_batches(job: Job, num_drawn: int) -> Iterator[Batch]:
         yield latents, labels.to(job.rt.device, non_blocking=True), {}
 
 
+def timed(batches: Iterator[Batch], reporter: Reporter) -> Iterator[Batch]:
+    """Yield the batches, and tell how long they were waited for."""
+    while True:
+        with reporter.phases.during("data"):
+            batch = next(batches)
+        yield batch
+
+
 def launch(
     args: argparse.Namespace,
     make_trainer: Callable[[Job], Trainer],
@@ -193,11 +201,12 @@ def fit(trainer: Trainer, deadline: float | None = None) -> int:
     with Reporter(job, trainer.step) as reporter, StopRequest(job.rt.device, deadline) as stop:
         if grid_is_due(trainer) and process.from_main(not grid_path(job, trainer.step).exists()):
             draw(trainer, reporter)  # a signal came between the save and the grid
-        batches = latent_batches(job, trainer.step + trainer.skipped)
+        batches = timed(latent_batches(job, trainer.step + trainer.skipped), reporter)
         saved, stopped_by = trainer.step, 0
         while trainer.step < settings.max_steps and not stopped_by:
             before = trainer.step
-            values = trainer.train_step(islice(batches, settings.accum_steps))
+            with reporter.phases.during("step"):
+                values = trainer.train_step(islice(batches, settings.accum_steps))
             stopped_by = stop.agreed()
             if trainer.step == before:  # the gradient overflowed float16
                 reporter.skip()
@@ -233,7 +242,9 @@ def save(trainer: Trainer, reporter: Reporter) -> None:
     reporter.log(trainer.step, learning_rate(trainer.job.settings, trainer.step))
     if not trainer.is_finite():
         raise DivergedError(f"weights are no numbers {reporter.after(trainer.step)}")
-    trainer.save()
+    with reporter.phases.during("save"):
+        trainer.save()
+    reporter.show_load(trainer.step)
 
 
 def grid_is_due(trainer: Trainer) -> bool:
@@ -247,5 +258,7 @@ def grid_is_due(trainer: Trainer) -> bool:
 def draw(trainer: Trainer, reporter: Reporter) -> None:
     """Draw a grid that leaves no trace in the curves of the load."""
     counts = reporter.counter.counts.clone()  # a trainer may draw with the counted model
-    reporter.show_grid(trainer.draw(), trainer.step)
+    with reporter.phases.during("draw"):
+        path = trainer.draw()
+    reporter.show_grid(path, trainer.step)
     reporter.counter.counts.copy_(counts)

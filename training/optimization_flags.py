@@ -1,4 +1,4 @@
-"""The flags of objective, schedule and optimizer beyond the paper's recipe; off by default."""
+"""Flags of objective, schedule, optimizer and tracking beyond the paper's recipe."""
 
 from common.flags import FlagGroup, flag, number
 
@@ -86,6 +86,18 @@ def add_schedule_flags(train: FlagGroup) -> None:
         default=1e-8,
         metavar="EPS",
         help="What Adam adds to the root of the second moment.",
+    )
+
+
+def add_tracker_flags(run: FlagGroup) -> None:
+    """Add where curves and pictures go."""
+    run.add(
+        "--tracker",
+        nargs="+",
+        choices=("tensorboard", "wandb"),
+        default=["tensorboard"],
+        help="What keeps curves, grids and settings, one or both; wandb needs its package, and "
+        "WANDB_MODE=offline keeps its files in the run's folder.",
     )
 
 

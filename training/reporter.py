@@ -1,4 +1,4 @@
-"""What a run shows: its log, progress bar, TensorBoard curves and sample grids.
+"""What a run shows: its log, progress bar, curves by its trackers and sample grids.
 
 In order: `run_log`, `Reporter` with `load_scalars`, `draw_grid`.
 """
@@ -9,11 +9,10 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,11 +27,14 @@ from common.files import atomic_write
 from common.pictures import save_grid
 from routing import LoadCounter, dead_experts, load_entropy, max_violation
 from training.job import Job, describe
+from training.throughput import Phases, forward_macs, peak_memory, peak_rate
+from training.trackers import LoadPicture, Tracker, open_trackers
 
 GRID_COLUMNS, GRID_ROWS = 10, 6
 SHOWN = (
     *("train/loss", "train/aux_loss", "train/contrastive_loss", "train/z_loss"),
     *("train/capacity_loss", "train/grad_norm", "system/images_per_second"),
+    *("system/tflops_per_second", "system/mfu", "time/data", "time/step"),
 )
 ATTEMPT = "attempt"  # first word of each attempt's first line in the log
 
@@ -84,7 +86,7 @@ def run_log(job: Job) -> Iterator[None]:
 
 
 class Reporter:
-    """Progress bar, TensorBoard curves and settings of a run; files on the main process only.
+    """Progress bar, curves and settings of a run; files on the main process only.
 
     All ranks call `add` and `log`, since the means go over ranks.
     """
@@ -92,7 +94,10 @@ class Reporter:
     def __init__(self, job: Job, start_step: int) -> None:
         self.settings, self.rt, self.run_dir = job.settings, job.rt, job.run_dir
         self._job, self._start_step = job, start_step
-        self._writer: Any = None
+        self._trackers: list[Tracker] = []
+        self.load_picture = LoadPicture()
+        self.flops = 6 * sum(forward_macs(job.model.config))  # of an image, forward and backward
+        self.peak_rate = peak_rate(job.rt.device, job.settings.precision)
 
     def __enter__(self) -> "Reporter":
         with ExitStack() as stack:
@@ -112,7 +117,7 @@ class Reporter:
             self._reset()
             if self.rt.is_main:
                 self._open_files()
-                stack.callback(self._write, lambda writer: writer.close())
+                stack.callback(self._write, lambda tracker: tracker.close())
             self._stack = stack.pop_all()
         return self
 
@@ -125,31 +130,26 @@ class Reporter:
         self._stack.close()
 
     def _open_files(self) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.run_dir.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.run_dir / "args.json") as temp:
             temp.write_text(json.dumps(self.settings.to_dict(), indent=2, sort_keys=True) + "\n")
-        # Steps after the checkpoint are done again: this hides their first points.
-        self._writer = SummaryWriter(str(self.run_dir), purge_step=self._start_step + 1)
-        if layers := self.counter.layers:
-            tags = [f"experts/max_vio/layer_{layer:02d}" for layer in layers]
-            layout = {"experts": {"max_vio by layer": ["Multiline", tags]}}
-            self._write(lambda writer: writer.add_custom_scalars(layout))
+        self._trackers = open_trackers(
+            self.settings, self.run_dir, self._start_step, self.counter.layers
+        )
         logging.info("\n%s", describe(self._job))
 
-    def _write(self, write: Callable[[Any], None]) -> None:
+    def _write(self, write: Callable[[Tracker], None]) -> None:
         """Write to the curves, as long as that works: they are not worth ending a run."""
-        if self._writer is None:
-            return
-        try:
-            write(self._writer)
-        except OSError as error:
-            logging.warning("no curves from here on: %s", error)
-            self._writer = None
+        for tracker in list(self._trackers):
+            try:
+                write(tracker)
+            except OSError as error:
+                logging.warning("no curves from here on: %s", error)
+                self._trackers.remove(tracker)
 
     def _reset(self) -> None:
         self.counter.counts.zero_()
+        self.phases = Phases()
         self._sums: dict[str, Tensor] = {}
         self._num_steps = self._num_skipped = 0
         self._since = time.monotonic()
@@ -184,9 +184,16 @@ class Reporter:
         if self.settings.precision == "fp16":
             scalars["train/skipped_steps"] = self._num_skipped
         scalars["system/images_per_second"] = self.settings.global_batch_size / seconds
-        if self.rt.device.type == "cuda":
-            scalars["system/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        scalars |= load_scalars(self.counter)
+        rate = self.flops * self.settings.global_batch_size / seconds / self.rt.world_size
+        scalars["system/tflops_per_second"] = rate / 1e12  # of a device
+        if self.peak_rate is not None:
+            scalars["system/mfu"] = rate / self.peak_rate
+        scalars["system/peak_memory_gib"] = peak_memory(self.rt.device)
+        for phase, spent in self.phases.seconds.items():  # a step, since the last point
+            scalars[f"time/{phase}"] = spent / self._num_steps
+        counts = total_load(self.counter)
+        self.load_picture.add(counts)
+        scalars |= load_measures(counts, self.counter.layers)
         self._reset()
         for name in ("loss", "grad_norm"):
             if not math.isfinite(value := scalars[f"train/{name}"]):
@@ -202,11 +209,7 @@ class Reporter:
         )
 
     def _show(self, step: int, scalars: dict[str, float]) -> None:
-        def write(writer: Any) -> None:
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, step)
-
-        self._write(write)
+        self._write(lambda tracker: tracker.scalars(scalars, step))
         shown = [name for name in (*SHOWN, "experts/max_vio") if name in scalars]
         text = {name.split("/")[-1]: f"{scalars[name]:.4g}" for name in shown}
         self.bar.set_postfix(text)
@@ -217,18 +220,33 @@ class Reporter:
         if self.rt.is_main and path.exists():
             with Image.open(path) as picture:
                 pixels = np.asarray(picture.convert("RGB"))  # (height, width, 3)
-            self._write(lambda w: w.add_image("samples", pixels, step, dataformats="HWC"))
+            self._write(lambda tracker: tracker.picture("samples", pixels, step))
+
+    def show_load(self, step: int) -> None:
+        """Put the load of all experts over the steps so far beside the curves."""
+        pixels = self.load_picture.pixels()
+        if self.rt.is_main and pixels is not None:
+            self._write(lambda tracker: tracker.picture("experts/load", pixels, step))
 
 
 def load_scalars(counter: LoadCounter) -> dict[str, float]:
     """Sum the load of routed experts over all ranks; its curves, on average and by layer."""
-    counts = process.sum_over_ranks(counter.counts.clone()).cpu()[:, : counter.num_routed]
+    return load_measures(total_load(counter), counter.layers)
+
+
+def total_load(counter: LoadCounter) -> Tensor:
+    """Return the tokens of all ranks by layer and routed expert, (L, E) on the CPU."""
+    return process.sum_over_ranks(counter.counts.clone()).cpu()[:, : counter.num_routed]
+
+
+def load_measures(counts: Tensor, layers: Sequence[int]) -> dict[str, float]:
+    """Return the curves of a load (L, E), on average and by layer, whose numbers are given."""
     scalars: dict[str, float] = {}
     measures = {"entropy": load_entropy, "max_vio": max_violation, "dead": dead_experts}
     for name, measure in measures.items() if len(counts) else ():
         values = measure(counts).float()  # (L,)
         scalars[f"experts/{name}"] = values.mean().item()
-        for layer, value in zip(counter.layers, values.tolist(), strict=True):
+        for layer, value in zip(layers, values.tolist(), strict=True):
             scalars[f"experts/{name}/layer_{layer:02d}"] = value
     return scalars
 

@@ -146,6 +146,7 @@ class TrainSettings:
     keep_last: int  # 0 = all
     sample_every: int  # 0 = never
     sample_cfg_scale: float
+    tracker: list[str] = dataclasses.field(default_factory=lambda: ["tensorboard"])
     deepspeed_config: str | None = None  # of train_deepspeed.py
     expert_parallel: int | None = None  # ranks that hold a layer's experts together
 
