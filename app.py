@@ -42,7 +42,7 @@ def build_parser() -> FlagParser:
         help="Folder or hub id of the autoencoder. Default: the folder vae beside app.py, as in a "
         "Space, else the checkpoint's.",
     )
-    drawing_flags(parser)
+    drawing_flags(parser, guide=False)
     page = parser.group("Page")
     page.add(
         "--host",
