@@ -1002,7 +1002,7 @@ class DiT(nn.Module, PyTorchModelHubMixin, library_name="dit-moe"):
 
     In training mode it returns `(prediction, aux_losses)`, in eval mode the prediction alone.
     `from_pretrained`, `save_pretrained` and `push_to_hub` are huggingface_hub's, for folders and
-    repositories of config.json and safetensors.
+    repositories of config.json and safetensors; the first one reads run folders, too.
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -1131,6 +1131,38 @@ class DiT(nn.Module, PyTorchModelHubMixin, library_name="dit-moe"):
         share = self.config.experts_per_token / max(self.config.num_all_experts, 1)
         used_experts = math.floor(experts * share + 0.5)
         return total, total - experts + used_experts
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "DiT":
+        """Load a model in eval mode: of a run of train.py, a folder or a hub repository.
+
+        Args:
+            pretrained_model_name_or_path: run folder, of which the averaged weights of the latest
+                checkpoint are taken; folder of `save_pretrained` or convert.py; or a hub id.
+            **options: of huggingface_hub's mixin, for folders and repositories.
+
+        Raises:
+            ValueError: a run has no checkpoint, or shards only.
+        """
+        checkpoints = Path(pretrained_model_name_or_path) / "checkpoints"
+        if not checkpoints.is_dir():
+            return super().from_pretrained(str(pretrained_model_name_or_path), **options)
+        course = checkpoints / "latest"  # names, the last one first
+        names = course.read_text().split() if course.is_file() else []
+        names += sorted((path.name for path in checkpoints.glob("[0-9]*.pt")), reverse=True)
+        found = next((path for name in names if (path := checkpoints / name).exists()), None)
+        if found is None or found.is_dir():
+            what = "has shards only" if found else "has no checkpoint"
+            raise ValueError(
+                f"{checkpoints.parent} {what}: make a folder of it, python convert.py "
+                f"{checkpoints.parent} FOLDER"
+            )
+        content = torch.load(found, map_location="cpu", weights_only=True, mmap=True)
+        with torch.device("meta"):
+            model = cls(DiTConfig.from_dict(content["config"]))
+        model.settings = content["settings"]
+        model.load_state_dict(content["ema"] or content["model"], assign=True)
+        return model.eval()
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write safetensors of at most 5 GB each; the mixin writes config.json."""

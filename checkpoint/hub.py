@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from checkpoint.card import model_card
 from checkpoint.described import description_path, save_description
 from checkpoint.families import has_family, mixture_difference, to_family
 from checkpoint.layouts import to_published
@@ -132,6 +133,7 @@ def save_folder(
     """
     with new_folder(path) as folder:
         (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        (folder / "README.md").write_text(model_card(config, settings))
         shards: list[list[str]] = []  # the names in each
         total_size = 0
         for shard in _fill_shards(groups):
@@ -318,6 +320,7 @@ def save_pipeline(
     with new_folder(path) as folder:
         transformer = folder / "transformer"
         save_folder(transformer, our_blocks(weights, dtype), config, settings)
+        (folder / "README.md").write_text(model_card(config, settings, pipeline=True))
         _copy_code(transformer / PIPELINE_PACKAGE)
         shutil.copy(FOLDER / "diffusers_pipeline" / "modeling.py", transformer)
         shutil.copy(FOLDER / "diffusers_pipeline" / "pipeline.py", folder)

@@ -1,5 +1,6 @@
 """Training objectives and samplers: scripts need only `create_diffusion` and `Diffusion`."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from diffusion.base import Diffusion, TrainingLoss
@@ -16,7 +17,7 @@ OBJECTIVE_SETTINGS = {
 
 
 def create_diffusion(
-    objective: str,
+    objective: str | Mapping[str, Any],
     *,
     learn_sigma: bool = True,
     x0_range: tuple[float, float] | None = None,
@@ -25,7 +26,8 @@ def create_diffusion(
     """Build the objective a model is trained with and sampled from.
 
     Args:
-        objective: "rf" (rectified flow) or "ddpm".
+        objective: "rf" (rectified flow) or "ddpm"; or the settings saved with a model, such as
+            `DiT.settings`, which tell it and whether the data are pixels, in [-1, 1].
         learn_sigma: whether the model has 2C output channels. DDPM then learns its variance with
             the second half; rectified flow ignores that half either way.
         x0_range: range of the data if it has one, as pixels do and latents do not: DDPM's samplers
@@ -36,6 +38,12 @@ def create_diffusion(
     Raises:
         ValueError: if `objective` is neither, or a setting is out of range or another objective's.
     """
+    if isinstance(objective, Mapping):
+        told, objective = objective, str(objective.get("objective", ""))
+        names = OBJECTIVE_SETTINGS.get(objective) or ()
+        own = {name: told.get(name) for name in names}
+        settings = {**own, **settings}
+        x0_range = x0_range or ((-1.0, 1.0) if told.get("vae_path") == "none" else None)
     if objective not in OBJECTIVE_SETTINGS:
         raise ValueError(f"objective must be one of rf, ddpm; got {objective!r}")
     off = (None, False)

@@ -228,6 +228,7 @@ def test_weights_are_split_into_files_with_an_index_and_cast(
     run(path, tmp_path / "moe", "--dtype", "bfloat16", "--num-experts", "4")
     names = sorted(file.name for file in (tmp_path / "moe").iterdir())
     assert names == [
+        "README.md",
         "config.json",
         "model-00001-of-00003.safetensors",
         "model-00002-of-00003.safetensors",
