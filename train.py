@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,7 @@ from training.loop import (
 from training.muon import build_optimizer
 from training.optimization import learning_rate, set_learning_rate
 from training.parameters import load_optimizer, optimizer_state, saved_order
+from training.repa import Aligned, check_repa
 from training.reporter import draw_grid
 from training.resume import check_resumable, restore_rng
 from training.shares import open_shares, save_shares
@@ -67,16 +69,27 @@ class DdpTrainer:
         self.averages = [Ema(self.model, decay) for decay in decays]
         self.ema = self.averages[0]
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(self.model, self.settings)
+        named = list(self.model.named_parameters())
+        self.order = saved_order(self.model)
+        self.wrapped: nn.Module = self.model
+        self.projector: nn.Module | None = None  # of --repa, in no checkpoint's weights
+        if job.encoder is not None:
+            block = check_repa(str(self.settings.repa), self.settings.repa_block, self.model)
+            aligned = Aligned(self.model, block, job.encoder.width, self.settings.seed)
+            self.wrapped = aligned.to(self.rt.device)
+            self.projector = aligned.projector
+            own = [(f"projector.{name}", p) for name, p in self.projector.named_parameters()]
+            named, self.order = named + own, self.order + [name for name, _ in own]
+            self.parameters += self.projector.parameters()
+        self.optimizer = build_optimizer(named, self.settings)
         fp16 = self.settings.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.rt.device.type, enabled=fp16)
         if self.settings.compile:
             compile_blocks(self.model)
-        self.wrapped: nn.Module = self.model
         if self.rt.world_size > 1:
             devices = [self.rt.device] if self.rt.device.type == "cuda" else None
             self.wrapped = DistributedDataParallel(
-                self.model,
+                self.wrapped,
                 device_ids=devices,
                 gradient_as_bucket_view=True,
             )
@@ -148,7 +161,8 @@ class DdpTrainer:
             model=self.model.state_dict(),
             ema=self.ema.model.state_dict(),
             averages={a.decay: a.model.state_dict() for a in self.averages[1:]},
-            optimizer=optimizer_state(self.optimizer, saved_order(self.model)),
+            optimizer=optimizer_state(self.optimizer, self.order),
+            projector=None if self.projector is None else self.projector.state_dict(),
             scaler=self._scaler_state(),
             step=self.step,
             rng=rng,
@@ -171,15 +185,17 @@ class DdpTrainer:
         check_resumable(self.job, path, content["config"], content["settings"])
         saved = {content["settings"].get("ema_decay"): content["ema"]}
         saved |= content.get("averages", {})
-        states = [(content["model"], self.model)]
+        states: list[tuple[Any, nn.Module]] = [(content["model"], self.model)]
         for average in self.averages:  # one that is new begins as the first
             states.append((saved.get(average.decay, content["ema"]), average.model))
+        if self.projector is not None and content.get("projector"):
+            states.append((content["projector"], self.projector))
         for state, model in states:
             state, expected = state or {}, model.state_dict()
             check_shapes(path, *({n: x.shape for n, x in s.items()} for s in (state, expected)))
             model.load_state_dict(state)
         with blamed_on(str(path)):
-            load_optimizer(self.optimizer, content["optimizer"], saved_order(self.model))
+            load_optimizer(self.optimizer, content["optimizer"], self.order)
         if content["scaler"] is not None:
             self.scaler.load_state_dict(content["scaler"])
             self.skipped = content["scaler"].get("skipped", 0)

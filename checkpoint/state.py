@@ -71,6 +71,7 @@ def save_checkpoint(
     model: StateDict,
     ema: StateDict | None,
     averages: Mapping[float, StateDict] | None = None,
+    projector: StateDict | None = None,
     optimizer: Mapping[str, Any],
     scaler: Mapping[str, Any] | None,
     step: int,
@@ -85,6 +86,7 @@ def save_checkpoint(
         model: state dict of the bare model (no DDP prefix).
         ema: state dict of the averaged weights, same names.
         averages: likewise of further decays, by them.
+        projector: state dict of `--repa`'s.
         optimizer: its state dict.
         scaler: state dict of the loss scaler, None without one.
         step: optimizer steps done.
@@ -102,6 +104,7 @@ def save_checkpoint(
         "settings": dict(settings),
         "model": dict(model),
         "ema": None if ema is None else dict(ema),
+        **({"projector": dict(projector)} if projector else {}),
         **({"averages": {decay: dict(s) for decay, s in averages.items()}} if averages else {}),
         "optimizer": dict(optimizer),
         "scaler": None if scaler is None else dict(scaler),
@@ -196,6 +199,7 @@ def _is_dict(value: Any) -> bool:
 _TYPES: dict[str, Callable[[Any], bool]] = {
     "model": _is_state,
     "ema": lambda value: value is None or _is_state(value),
+    "projector": _is_state,
     "averages": lambda value: (
         _is_dict(value)
         and all(type(decay) is float and _is_state(state) for decay, state in value.items())

@@ -20,6 +20,7 @@ from common import process
 from common.errors import UserError, blamed_on
 from common.process import Runtime
 from data import VAE, Data, ImageDataset, LatentNorm, Pixels, open_data
+from data.latent_cache import CachedLatents
 from diffusion import OBJECTIVE_SETTINGS, Diffusion, create_diffusion
 from models import DiT, DiT_models
 from moe_ops import check_expert_parallel
@@ -31,6 +32,7 @@ from training.initial import (
     plan_start,
 )
 from training.parameters import freeze, optimizer_groups
+from training.repa import Encoder, check_repa
 from training.settings import NETWORK_FLAGS, TrainSettings, check_flags, resolve
 from training.trackers import check_trackers
 
@@ -46,6 +48,7 @@ class Job(NamedTuple):
     model: DiT
     num_parameters: tuple[int, int]  # total, activated
     start: list[str]  # lines that tell what of --init-from is taken
+    encoder: Encoder | None = None  # of --repa
 
     @property
     def run_dir(self) -> Path:
@@ -102,7 +105,15 @@ def prepare(args: argparse.Namespace, *, meta: bool = False, precision: str | No
         **{name: getattr(settings, name) for name in OBJECTIVE_SETTINGS[settings.objective]},
     )
     counts, start = model.num_parameters(), told_start(settings, model)
-    return Job(settings, rt, dataset, vae, diffusion, model, counts, start)
+    encoder = None
+    if settings.repa is not None:
+        if isinstance(dataset, CachedLatents):
+            raise UserError(f"--repa {settings.repa} needs images: {args.data_path} has latents")
+        check_repa(settings.repa, settings.repa_block, model)
+        if not args.dry_run:
+            grid = model.config.input_size // model.config.patch_size
+            encoder = Encoder(settings.repa, grid, rt.device)
+    return Job(settings, rt, dataset, vae, diffusion, model, counts, start, encoder)
 
 
 def find_norm(args: argparse.Namespace, data: Data) -> LatentNorm | None:

@@ -62,6 +62,7 @@ AUX_LOSSES = {
     "contrastive": "contrastive_loss",
     "z_loss": "z_loss",
     "capacity": "capacity_loss",
+    "repa": "repa_loss",
 }
 
 
@@ -87,7 +88,7 @@ def micro_loss(job: Job, model: nn.Module, batch: Batch) -> MicroLoss:
     for kind, aux_loss in out.aux_losses.items():
         name = AUX_LOSSES[kind]
         total = total + getattr(job.settings, f"{name}_weight") * aux_loss
-        parts[name] = aux_loss.detach() / num_layers
+        parts[name] = aux_loss.detach() / (1 if kind == "repa" else num_layers)
     return MicroLoss(total, parts)
 
 
@@ -132,8 +133,10 @@ def latent_batches(job: Job, num_drawn: int) -> Iterator[Batch]:
         pin_memory=job.rt.device.type == "cuda",
     )
     for batch, labels in loader:
-        latents = job.dataset.latents(batch.to(job.rt.device, non_blocking=True), job.vae)
-        yield latents, labels.to(job.rt.device, non_blocking=True), {}
+        batch = batch.to(job.rt.device, non_blocking=True)
+        given = {} if job.encoder is None else {"features": job.encoder(batch)}
+        latents = job.dataset.latents(batch, job.vae)
+        yield latents, labels.to(job.rt.device, non_blocking=True), given
 
 
 def timed(batches: Iterator[Batch], reporter: Reporter) -> Iterator[Batch]:

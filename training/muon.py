@@ -3,13 +3,12 @@
 In order: `build_optimizer`, `matrices` (which are there in a parameter), `MuonAndAdamW`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from models import DiT
 from training.optimization import adam_arguments
 from training.parameters import optimizer_groups
 from training.settings import TrainSettings
@@ -20,9 +19,11 @@ HIDDEN = ("attn.qkv.weight", "attn.proj.weight", "fc1.weight", "fc2.weight")
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")  # of stacked experts, or .weight of an MLP
 
 
-def build_optimizer(model: DiT, settings: TrainSettings) -> torch.optim.Optimizer:
-    """Return the optimizer of a model's trained parameters, all in this process."""
-    groups = optimizer_groups(model.named_parameters(), settings)
+def build_optimizer(
+    named: Iterable[tuple[str, nn.Parameter]], settings: TrainSettings
+) -> torch.optim.Optimizer:
+    """Return the optimizer of the trained ones of these parameters, all in this process."""
+    groups = optimizer_groups(named, settings)
     if settings.optimizer == "muon":
         return MuonAndAdamW(groups, adam_arguments(settings))
     return torch.optim.AdamW(groups, **adam_arguments(settings), fused=True)

@@ -40,6 +40,25 @@ def add_objective_flags(train: FlagGroup) -> None:
         help="Weigh DDPM's squared error by the ratio of signal to noise, at most this; 5 is "
         "usual. Default: every step counts the same.",
     )
+    train.add(
+        "--repa",
+        metavar="ENCODER",
+        help="Align a block's tokens with what an encoder sees in the images: timm:NAME, such as "
+        "timm:vit_base_patch14_dinov2.lvd142m, or timm:NAME:FILE of its weights. Default: none.",
+    )
+    train.add(
+        "--repa-block",
+        type=number(int, 1, 10_000),
+        metavar="N",
+        help="Block, from 1, whose tokens are aligned. Default: 8, or half of fewer than 16.",
+    )
+    train.add(
+        "--repa-loss-weight",
+        type=number(float, 0),
+        default=0.5,
+        metavar="WEIGHT",
+        help="Weight of the alignment beside the objective's loss.",
+    )
 
 
 def add_schedule_flags(train: FlagGroup) -> None:

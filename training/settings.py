@@ -30,7 +30,7 @@ WARN_IF_CHANGED = (
     *("weight_decay", "clip_grad", "ema_decay", "ema_decays", "aux_loss_weight", "precision"),
     *("contrastive_loss_weight", "z_loss_weight", "capacity_loss_weight"),
     *("bias_update_rate", "aux_loss_scope", "freeze", "lr_scale"),
-    *("time_shift", "time_sampling", "min_snr_gamma"),
+    *("time_shift", "time_sampling", "min_snr_gamma", "repa", "repa_block", "repa_loss_weight"),
 )
 # Fields of the network that a flag may leave to the model's size or the file of --init-from.
 NETWORK_FLAGS = (
@@ -109,6 +109,9 @@ class TrainSettings:
     time_scale: float | None = None  # of rectified flow; None: 1, and for DDPM
     time_shift: float | None = None  # None: 1
     time_sampling: list[str] | None = None  # law and numbers; None: lognormal 0 1
+    repa: str | None = None  # timm:NAME, whose features a block's tokens learn
+    repa_block: int | None = None  # from 1; None: the eighth or, of few, the half
+    repa_loss_weight: float = 0.5
     prediction: str | None = None  # of DDPM: "v"; None: epsilon
     zero_terminal_snr: bool = False
     min_snr_gamma: float | None = None
@@ -179,6 +182,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--ema-decay {' '.join(map(str, args.ema_decay))}: two are the same")
     if len(args.ema_decay) > 1 and cut:
         raise UserError("--ema-decay: only train.py keeps several averages, without cut experts")
+    if args.repa and (cut or args.compile):
+        raise UserError("--repa: train.py has it, without --compile and cut experts")
     if args.optimizer == "muon" and cut:
         raise UserError("--optimizer muon needs whole matrices: take train.py, without cut experts")
     run_dir = Path(args.results_dir) / (args.run_name or default_run_name(args))
@@ -391,6 +396,9 @@ NAMED_FLAGS = {
     "prediction": "",
     "zero_terminal_snr": "zerosnr",
     "min_snr_gamma": "minsnr",
+    "repa": "repa",
+    "repa_block": "block",
+    "repa_loss_weight": "repaweight",
     "global_batch_size": "batch",
     "warmup_steps": "warmup",
     "lr_schedule": "",

@@ -1,0 +1,160 @@
+"""Representation alignment against a naive loop; its projector leaves no trace in the weights."""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launch import TINY_RUN
+from torch import Tensor
+from torch.testing import assert_close
+
+from checkpoint.state import checkpoint_path, load_checkpoint
+from checkpoint.weights import load_model
+from common.errors import UserError
+from train import DdpTrainer
+from training.flags import build_parser
+from training.job import prepare
+from training.loop import latent_batches, launch, micro_loss
+from training.repa import Encoder, alignment_loss, load_in_order
+from training.settings import check_flags
+
+timm: Any = pytest.importorskip("timm")
+NETWORK = "vit_tiny_patch16_224"
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Save random weights of a small ViT; returns what `--repa` takes."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("encoder") / "vit.pt"
+    torch.save(timm.create_model(NETWORK, pretrained=False).state_dict(), path)
+    return f"timm:{NETWORK}:{path}"
+
+
+def parse(*flags: str) -> argparse.Namespace:
+    return build_parser(None).parse_args([*TINY_RUN, *flags])
+
+
+def trainer_of(*flags: str) -> DdpTrainer:
+    return DdpTrainer(prepare(parse(*flags)))
+
+
+def train(results: Path, *flags: str) -> Path:
+    launch(parse("--results-dir", str(results), *flags), DdpTrainer)
+    return results / "run"
+
+
+def test_the_loss_is_minus_the_mean_cosine_of_each_token_in_float32() -> None:
+    tokens, features = torch.randn(2, 2, 3, 5).bfloat16().unbind(0)
+    cosines = []
+    for n in range(2):
+        for t in range(3):
+            a, b = tokens[n, t].double().tolist(), features[n, t].double().tolist()
+            dot = sum(x * y for x, y in zip(a, b, strict=True))
+            cosines.append(dot / math.hypot(*a) / math.hypot(*b))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = alignment_loss(tokens, features)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(-sum(cosines) / len(cosines), abs=1e-6)
+
+
+def test_features_are_those_of_timm_one_for_each_token_of_the_model(encoder: str) -> None:
+    ours = Encoder(encoder, grid=4, device=torch.device("cpu"))
+    gray = torch.rand(2, 1, 64, 64) * 2 - 1
+    features = ours(gray)
+    assert features.shape == (2, 16, ours.width) and not features.requires_grad
+    network: Any = timm.create_model(
+        NETWORK, pretrained=False, num_classes=0, dynamic_img_size=True
+    )
+    network.load_state_dict(torch.load(encoder.split(":")[2]), strict=False)
+    pixels = (gray.expand(-1, 3, -1, -1) + 1) / 2  # 4 x 4 patches of 16: as large as they are
+    mean, std = (torch.tensor(network.pretrained_cfg[n]).view(3, 1, 1) for n in ("mean", "std"))
+    expected = network.eval().forward_features((pixels - mean) / std)[:, 1:]
+    assert_close(features, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_features_of_a_convolutional_network_are_brought_to_the_grid(tmp_path: Path) -> None:
+    network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    renamed = {f"other.{i}": value for i, value in enumerate(network.state_dict().values())}
+    torch.save(renamed, tmp_path / "lite0.pth")  # another library's names, in the same order
+    name = f"timm:tf_efficientnet_lite0:{tmp_path / 'lite0.pth'}"
+    encoder = Encoder(name, grid=4, device=torch.device("cpu"))
+    assert encoder(torch.zeros(1, 1, 32, 32)).shape == (1, 16, 1280)
+    assert_close(encoder.network.conv_stem.weight, network.state_dict()["conv_stem.weight"])
+    with pytest.raises(UserError, match="the file has weights of another network"):
+        load_in_order(encoder.network, {"a": torch.zeros(3)}, "--repa x")
+
+
+def test_alignment_reaches_the_blocks_up_to_the_chosen_one_and_the_projector(encoder: str) -> None:
+    trainer = trainer_of("--repa", encoder, "--repa-block", "2", "--aux-loss-weight", "0")
+    trainer.settings = trainer.job.settings
+    latents, labels, given = next(latent_batches(trainer.job, 0))
+    out = trainer.job.diffusion.training_loss(trainer.wrapped, latents, labels, **given)
+    assert -1 <= out.aux_losses["repa"].item() <= 1
+    out.aux_losses["repa"].backward()
+    gradients = {name: p.grad for name, p in trainer.model.named_parameters()}
+    moved = [name for name, grad in gradients.items() if grad is not None and grad.any()]
+    reached = {name.split(".")[1] for name in moved if name.startswith("blocks.")}
+    assert reached == {"0", "1"}
+    assert trainer.projector is not None
+    assert all(p.grad is not None for p in trainer.projector.parameters())
+    losses = micro_loss(trainer.job, trainer.wrapped, (latents, labels, given))
+    assert {"loss", "repa_loss"} <= losses.parts.keys()
+    extra = losses.total.detach() - losses.parts["loss"]
+    assert_close(extra, 0.5 * losses.parts["repa_loss"])
+
+
+def test_a_run_with_alignment_goes_on_bit_for_bit_and_its_weights_have_no_projector(
+    encoder: str, tmp_path: Path
+) -> None:
+    flags = ("--repa", encoder, "--max-steps", "2", "--ckpt-every", "1", "--model", "DiT-Ti/4")
+    whole, cut = train(tmp_path / "whole", *flags), train(tmp_path / "cut", *flags)
+    checkpoint_path(cut, 2).unlink()
+    train(tmp_path / "cut", *flags)
+    ours, theirs = (load_checkpoint(checkpoint_path(run, 2)) for run in (cut, whole))
+    for part in ("model", "ema", "optimizer", "projector", "rng"):
+        assert_close(ours[part], theirs[part], rtol=0, atol=0)
+    assert len(ours["projector"]) == 6
+    names = set(load_model(whole).state_dict())
+    assert not [name for name in {*names, *ours["model"]} if "projector" in name]
+    moved = theirs["projector"]["4.weight"] - first_projector(encoder)["4.weight"]
+    assert moved.abs().max() > 0
+
+
+def first_projector(encoder: str) -> dict[str, Tensor]:
+    trainer = trainer_of("--repa", encoder, "--model", "DiT-Ti/4")
+    assert trainer.projector is not None
+    return {name: value.clone() for name, value in trainer.projector.state_dict().items()}
+
+
+@pytest.mark.parametrize("checkpointing", ["True", "False"])
+def test_twelve_blocks_are_aligned_with_and_without_gradient_checkpointing(
+    checkpointing: str, encoder: str
+) -> None:
+    flags = ("--model", "DiT-S/8", "--grad-checkpointing", checkpointing, "--repa-block", "8")
+    trainer = trainer_of(*flags, "--repa", encoder, "--global-batch-size", "2", "--seed", "1")
+    values = trainer.train_step([next(latent_batches(trainer.job, 0))])
+    assert -1 <= values["repa_loss"].item() <= 1 and values["grad_norm"].isfinite()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--repa", "dino"), "--repa dino is not timm:NAME or timm:NAME:FILE"),
+        (("--repa", "timm:nothing"), "--repa timm:nothing: timm knows no nothing"),
+        (("--repa", f"timm:{NETWORK}:no.pt"), r"no such file: no\.pt"),
+    ],
+)
+def test_encoders_that_are_none_are_refused(flags: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        prepare(parse(*flags))
+
+
+def test_blocks_that_are_not_there_and_compiled_ones_are_refused(encoder: str) -> None:
+    with pytest.raises(UserError, match="--repa-block 9: the model has 4 blocks"):
+        prepare(parse("--repa", encoder, "--repa-block", "9"))
+    with pytest.raises(UserError, match=r"--repa: train\.py has it, without --compile"):
+        check_flags(parse("--repa", encoder, "--compile"))
