@@ -19,6 +19,7 @@ from measures import (
     saved_bytes,
 )
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from common.errors import FileError
 from models import DiT, DiT_models, DiTConfig, MoE
@@ -68,6 +69,33 @@ def test_the_naive_layer_gives_our_output_and_gradients(training: bool) -> None:
     assert ours.keys() == naive.keys()
     for name in ours:
         torch.testing.assert_close(naive[name], ours[name], msg=name)
+
+
+@pytest.mark.parametrize("name", ["eager", "grouped_mm"])
+def test_the_experts_of_transformers_give_our_output_and_gradients(name: str) -> None:
+    pytest.importorskip("transformers")
+    moe = benchmark.random_moe(CONFIG).train()
+    peer = benchmark.peers(moe)[f"transformers {name}"]
+    x, y = (torch.randn(2, 16, CONFIG.hidden_size, requires_grad=True) for _ in range(2))
+    y.data.copy_(x.data)
+    ours, theirs = moe(x)[0], peer(y)[0]
+    torch.testing.assert_close(theirs, ours)
+    ours.square().sum().backward()
+    gradient = moe.experts.down_proj.grad.clone()
+    moe.zero_grad()
+    theirs.square().sum().backward()
+    torch.testing.assert_close(moe.experts.down_proj.grad, gradient)
+    torch.testing.assert_close(y.grad, x.grad)
+
+
+def test_the_bare_matmuls_have_the_shapes_of_the_layers_own_loads() -> None:
+    moe = benchmark.random_moe(CONFIG)
+    batches = [torch.randn(1, 32, CONFIG.hidden_size) for _ in range(2)]
+    run = benchmark.bare_run(moe, batches, Precision("fp32", False))
+    with FlopCounterMode(display=False) as counter:
+        run(benchmark.Stopwatch(CPU), 0)
+    one = forward_flops(CONFIG, 2, "moe.experts") + forward_flops(CONFIG, 2, "moe.shared")
+    assert counter.get_total_flops() == 4 * one  # inference, forward, twice as much backward
 
 
 def test_the_naive_model_holds_views_of_our_weights() -> None:
@@ -166,7 +194,8 @@ def test_every_part_adds_rows_to_the_json(
     assert {row["part"] for row in rows} == {"rate", "layer", "step", "sample"}
     for part in ("layer", "step", "sample"):
         of_part = [row for row in rows if row["part"] == part]
-        assert {row["contestant"] for row in of_part} == {"ours", "naive", "dense"}
+        who = {row["contestant"] for row in of_part}
+        assert who >= {"ours", "naive", "dense"} and ("bare" in who) == (part == "layer")
         assert all(row["speed"] == 1 for row in of_part if row["contestant"] == "naive")
         assert all(row["mfu"] > 0 for row in of_part if row["what"] in ("forward", "sample"))
     assert "skipped: there is no GPU" in capsys.readouterr().out

@@ -5,8 +5,10 @@
         --parts layer,step
 
 Contestants take turns in one process: ours, the naive loop over experts that the published code
-has (`NaiveMoE`, the same weights), and a dense model of equal FLOPs; in `families` the layer of
-each recipe, and a dense one. Every repeat has new tokens, so that expert loads differ as they do in
+has (`NaiveMoE`, the same weights), and a dense model of equal FLOPs; in `layer` also the experts of
+transformers and the matmuls alone (`bare`), which is the limit of any dispatch; in `families` the
+layer of each recipe, and a dense one. `traffic` counts operators, kernels and bytes on a GPU that
+need not be there. Every repeat has new tokens, so that expert loads differ as they do in
 training. Shown are the median, the quartiles, the speed relative to a reference contestant (above
 1: faster) and MFU: the matmul FLOPs of the linear layers per second, over the rate that the same
 matmuls reach alone in the same dtype.
@@ -57,6 +59,8 @@ from measures import (
     peak_bytes,
     saved_bytes,
 )
+from peers import bare_run, peers
+from traffic import measure_traffic
 
 from common import process
 from common.errors import one_line_errors
@@ -168,15 +172,19 @@ def measure_layer(bench: Bench, config: DiTConfig) -> None:
     bench.heading("layer", config, f"{tokens} tokens; speed: against naive")
     for precision in layer_precisions(bench):
         moe = random_moe(config).to(bench.device, precision.weights)
-        layers = {"ours": moe, "naive": NaiveMoE(moe),
-                  "dense": SwiGLU(config.hidden_size, dense.mlp_hidden_size)}  # fmt: skip
-        laps = bench.alternate(
-            {
-                Entry(name, precision, flops): layer_run(layer, batches, precision)
-                for name, layer in layers.items()
-            }
-        )
-        bench.report("layer", config, laps, f"naive {precision.name}")
+        layers: dict[str, nn.Module] = {
+            "ours": moe,
+            "naive": NaiveMoE(moe),
+            "dense": SwiGLU(config.hidden_size, dense.mlp_hidden_size),
+        }
+        if not precision.mixed:  # transformers computes in the dtype of the weights
+            layers |= peers(moe)
+        contestants = {
+            Entry(name, precision, flops): layer_run(layer, batches, precision)
+            for name, layer in layers.items()
+        }
+        contestants[Entry("bare", precision, flops)] = bare_run(moe, batches, precision)
+        bench.report("layer", config, bench.alternate(contestants), f"naive {precision.name}")
 
 
 class TrainingStep:
@@ -398,6 +406,7 @@ PARTS: dict[str, Callable[[Bench, DiTConfig], None]] = {
     "memory": measure_memory,
     "cuda": measure_cuda,
     "families": measure_families,
+    "traffic": measure_traffic,
 }
 
 
