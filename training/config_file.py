@@ -8,7 +8,7 @@ import argparse
 import difflib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,13 @@ FOUND_AGAIN = ("class_names", "data_fingerprint", "latent_stats")
 
 
 class ConfigParser(FlagParser):
-    """Parser of flags that also stand in files."""
+    """Parser of flags that also stand in files.
+
+    Attributes:
+        passed_over: spellings of another script's flags, which a file may have too.
+    """
+
+    passed_over: Collection[str] = ()
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
@@ -52,6 +58,8 @@ class ConfigParser(FlagParser):
             content = flags_of_run(content, with_engine="--deepspeed-config" in self.spellings)
         for name, value in content.items():
             spelling = "--" + name.replace("_", "-")
+            if spelling not in self.spellings and spelling in self.passed_over:
+                continue
             if spelling not in self.spellings or spelling == FLAG:
                 raise UserError(f"{path}: unknown name {name!r}; {self._nearest(spelling)}")
             if value is None:  # as by default

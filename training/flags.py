@@ -37,7 +37,9 @@ def build_parser(docstring: str | None) -> FlagParser:
     _add_model_flags(parser.group("Model"))
     moe = parser.group("MoE")
     _add_moe_flags(moe)
-    _add_router_flags(moe)
+    add_block_flags(moe)
+    add_router_flags(moe)
+    add_balance_flag(moe)
     _add_balance_flags(moe)
     optimization = parser.group("Optimization")
     _add_batch_flags(optimization)
@@ -184,18 +186,6 @@ def _add_moe_flags(moe: FlagGroup) -> None:
         "later families gelu.",
     )
     moe.add(
-        "--moe-blocks",
-        choices=("all", "every_second", "deep_half"),
-        help="Blocks that have experts; the others have one dense MLP. Default: all, in later "
-        "families every_second.",
-    )
-    moe.add(
-        "--first-k-dense-replace",
-        type=number(int, 0, 10_000),
-        metavar="N",
-        help="Number of blocks, from the first, that have a dense MLP instead. Default: 0.",
-    )
-    moe.add(
         "--dense-mlp-ratio",
         type=number(float, 0.01, 1024),
         metavar="RATIO",
@@ -209,6 +199,22 @@ def _add_moe_flags(moe: FlagGroup) -> None:
         help="Number of neighbouring ranks that hold the experts together, each its part, while "
         "tokens travel; checkpoints are in shares then. Default: each rank holds all experts.",
     )
+
+
+def add_block_flags(moe: FlagGroup) -> None:
+    """Add the flags that say where experts are, and which is always on."""
+    moe.add(
+        "--moe-blocks",
+        choices=("all", "every_second", "deep_half"),
+        help="Blocks that have experts; the others have one dense MLP. Default: all, in later "
+        "families every_second.",
+    )
+    moe.add(
+        "--first-k-dense-replace",
+        type=number(int, 0, 10_000),
+        metavar="N",
+        help="Number of blocks, from the first, that have a dense MLP instead. Default: 0.",
+    )
     moe.add(
         "--unconditional-expert",
         **flag,
@@ -217,7 +223,8 @@ def _add_moe_flags(moe: FlagGroup) -> None:
     )
 
 
-def _add_router_flags(moe: FlagGroup) -> None:
+def add_router_flags(moe: FlagGroup) -> None:
+    """Add the flags that say who chooses whom, by what and with which weight."""
     moe.add(
         "--affinity",
         choices=("softmax", "sigmoid", "cosine"),
@@ -256,7 +263,8 @@ def _add_router_flags(moe: FlagGroup) -> None:
     )
 
 
-def _add_balance_flags(moe: FlagGroup) -> None:
+def add_balance_flag(moe: FlagGroup) -> None:
+    """Add the flag of the balance terms, without their weights."""
     moe.add(
         "--balance",
         nargs="+",
@@ -264,6 +272,9 @@ def _add_balance_flags(moe: FlagGroup) -> None:
         help="What evens the load, one or several; bias moves with the load and has no loss. "
         "Default: switch, in later families contrastive or none.",
     )
+
+
+def _add_balance_flags(moe: FlagGroup) -> None:
     moe.add(
         "--aux-loss-weight",
         type=number(float, 0),
