@@ -127,7 +127,7 @@ def test_a_run_starts_from_an_upcycled_family_by_its_recipe(
     job = prepare(args, meta=True)
     expected = load_model(tmp_path / "moe").state_dict()
     shapes = {name: tensor.shape for name, tensor in job.model.state_dict().items()}
-    first = dict(initial_weights(job.settings, shapes, job.model.config))
+    first = dict(initial_weights(job.settings, job.model.config, shapes))
     torch.testing.assert_close(first, dict(expected), rtol=0, atol=0)
 
 
