@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from checkpoint.weights import average_kinds, average_name
 from common import process
 from common.errors import one_line_errors
 from common.flags import FlagParser, number
@@ -57,7 +58,9 @@ class DeepSpeedTrainer:
         for name, value in initial_weights(self.settings, job.model.config, self.shapes):
             self.engine.fill(name, value)
         self.engine.refresh()
-        self.ema = [shard.detach().clone() for shard in self.engine.flat]
+        decays = self.settings.ema_decays or [self.settings.ema_decay]
+        self.averages = {d: [s.detach().clone() for s in self.engine.flat] for d in decays}
+        self.ema = self.averages[self.settings.ema_decay]
 
     def train_step(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
         """Make one optimizer step from `accum_steps` micro-batches, which the engine counts.
@@ -80,7 +83,8 @@ class DeepSpeedTrainer:
             # The averages have no routers' state of their own: train.py's `Ema` copies it too.
             self.job.model.update_router_state(bias_rate=self.settings.bias_update_rate)
             with torch.no_grad():  # each rank its own shards: ema += (1 - decay)(weights - ema)
-                torch._foreach_lerp_(self.ema, self.engine.flat, 1 - self.settings.ema_decay)
+                for decay, average in self.averages.items():
+                    torch._foreach_lerp_(average, self.engine.flat, 1 - decay)
             self.step += 1
         norm = self.engine.grad_norm()
         grad_norm = torch.as_tensor(norm, dtype=torch.float32, device=self.rt.device)
@@ -95,9 +99,8 @@ class DeepSpeedTrainer:
 
     def is_finite(self) -> bool:
         """Tell whether all weights and averages are numbers."""
-        return not process.any_rank(
-            not (all_finite(self.engine.flat) and all_finite(self.ema)), self.rt.device
-        )
+        finite = all(map(all_finite, [self.engine.flat, *self.averages.values()]))
+        return not process.any_rank(not finite, self.rt.device)
 
     def save(self) -> None:
         """Write the checkpoint of this step, every rank its share, then drop the oldest ones.
@@ -108,6 +111,8 @@ class DeepSpeedTrainer:
         flat = {"model": self.engine.flat, "ema": self.ema} | {
             kind: self.engine.moments(kind) for kind in ("exp_avg", "exp_avg_sq")
         }
+        further = [d for d in self.averages if d != self.settings.ema_decay]
+        flat |= {average_name(decay): self.averages[decay] for decay in further}
         kinds = {kind: self.engine.fragments(tensors) for kind, tensors in flat.items()}
         whole = {**self.engine.buffers, **self.engine.frozen_parameters()}
         save_shares(self.job, {} if self.engine.is_replica else kinds, whole, self._state())
@@ -136,8 +141,11 @@ class DeepSpeedTrainer:
         for name, buffer in checkpoint.buffers().items():
             self.engine.fill(name, buffer)
         moments = {kind: self.engine.moments(kind) for kind in ("exp_avg", "exp_avg_sq")}
-        flat = {"model": self.engine.flat, "ema": self.ema, **moments}
-        for kind, tensors in flat.items():
+        flat = [("model", self.engine.flat), *moments.items()]
+        saved = average_kinds(state["settings"])
+        for decay, average in self.averages.items():  # one that is new begins as the first
+            flat.append((saved.get(decay, "ema"), average))
+        for kind, tensors in flat:
             for name, start, piece in self.engine.fragments(tensors):
                 piece.copy_(checkpoint.read(kind, name, start, piece.numel()))
         self.engine.refresh()

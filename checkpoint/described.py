@@ -29,6 +29,7 @@ SETTINGS_TYPES = {
     "zero_terminal_snr": bool,
     "min_snr_gamma": float,
     "ema_decay": float,
+    "ema_decays": list,
     "class_names": list,
     "latent_stats": dict,
 }

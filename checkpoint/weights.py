@@ -366,6 +366,12 @@ def average_name(decay: float) -> str:
     return f"ema {decay:g}"
 
 
+def average_kinds(settings: Mapping[str, Any]) -> dict[float, str]:
+    """Return what a run's averaged weights are called, by their decays."""
+    first, several = settings.get("ema_decay"), settings.get("ema_decays") or []
+    return {d: "ema" if d == first else average_name(d) for d in (several or [first]) if d}
+
+
 def _wrapped(content: dict[str, Any]) -> dict[str, StateDict]:
     """Return the state dicts under "model" and "ema", as whoever wrote the file calls them."""
     spellings = {"model": "model", "model_state_dict": "model", "ema": "ema"}
@@ -407,7 +413,8 @@ def _open_sharded(folder: Path) -> _Source:
     settings = read_settings(checkpoint.state["settings"], folder / "state.json")
     table = sincos_pos_embed(config.input_size // config.patch_size, config.hidden_size)
     frozen = {"pos_embed": table, **checkpoint.buffers()}  # what is not trained is in no fragment
-    weights = {kind: checkpoint.weights(kind, frozen) for kind in ("model", "ema")}
+    kinds = ("model", "ema", *average_kinds(settings).values())
+    weights = {kind: checkpoint.weights(kind, frozen) for kind in kinds}
     return _Source(folder, weights, config, settings)
 
 

@@ -393,8 +393,8 @@ def _add_optimizer_flags(train: FlagGroup) -> None:
         nargs="+",
         default=[0.9999],
         metavar="DECAY",
-        help="Share of the averaged weights that a step keeps. Several make as many averages in "
-        "train.py; the first is drawn in grids and by default, --ema chooses when sampling.",
+        help="Share of the averaged weights that a step keeps. Several make as many averages; "
+        "the first is drawn in grids and by default, --ema chooses when sampling.",
     )
     train.add(
         "--precision",

@@ -55,7 +55,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
     def __init__(self, groups: list[dict[str, Any]], adam: dict[str, Any]) -> None:
         """Divide the parameters of groups, which have their "names", between the two."""
-        super().__init__(groups, adam)
+        super().__init__(groups, {**adam, "fused": True})  # so that steps are loaded where needed
         self._views: dict[Tensor, tuple[str, list[Tensor]]] = {}
         of_adam, of_muon = [], []
         for group in self.param_groups:

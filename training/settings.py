@@ -180,8 +180,8 @@ def check_flags(args: argparse.Namespace) -> None:
     cut = hasattr(args, "deepspeed_config") or getattr(args, "expert_parallel", None)
     if len(set(args.ema_decay)) < len(args.ema_decay):
         raise UserError(f"--ema-decay {' '.join(map(str, args.ema_decay))}: two are the same")
-    if len(args.ema_decay) > 1 and cut:
-        raise UserError("--ema-decay: only train.py keeps several averages, without cut experts")
+    if len(args.ema_decay) > 1 and getattr(args, "expert_parallel", None):
+        raise UserError("--ema-decay: with --expert-parallel one average only")
     if args.repa and (cut or args.compile):
         raise UserError("--repa: train.py has it, without --compile and cut experts")
     if args.optimizer == "muon" and cut:
