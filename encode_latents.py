@@ -31,6 +31,7 @@ from common.quiet import silence_worker_count
 from data import VAE, FolderImages, load_dataset, load_vae
 from data.image_files import UnreadableImageError
 from data.latent_cache import DTYPES, CachedLatents, from_stored, plan, to_stored
+from data.latent_features import features_path, read_features_index, write_features_index
 from data.latent_index import (
     LABELS,
     VERSION,
@@ -40,6 +41,7 @@ from data.latent_index import (
     shard_rows,
     write_index,
 )
+from training import repa
 
 MEASURED_AT_ONCE = 512  # images
 MIN_STD = 1e-6  # of a channel that is the same everywhere
@@ -73,6 +75,18 @@ def build_parser() -> FlagParser:
     )
     data.add("--out", required=True, help="Folder of the cache.")
     data.add("--dtype", **dtype_flag, default="fp16", help="Type that the cache keeps.")
+    data.add(
+        "--features",
+        metavar="ENCODER",
+        help="Keep what an encoder sees too, for train.py's --repa of the same name: timm:NAME, or "
+        "timm:NAME:FILE of its weights. A finished cache gets them by its same command.",
+    )
+    data.add(
+        "--feature-grid",
+        type=number(int, 1, 1024),
+        metavar="TOKENS",
+        help="Tokens in a row of the model, one feature each. Default: those of patch size 2.",
+    )
     data.add(
         "--shard-size",
         type=number(int, 1, 10**9),
@@ -226,6 +240,45 @@ class Encoder:
         self.index["latent_norm"] = {"mean": mean.tolist(), "std": std.tolist()}
         write_index(self.folder, self.index)
 
+    def add_features(self, name: str, grid: int) -> None:
+        """Write what `--repa NAME` wants at grid x grid tokens, this rank's shards; collective."""
+        index, rt = self.index, self.rt
+        found = read_features_index(self.folder)
+        if found is not None and (found["encoder"], found["grid"]) != (name, grid):
+            raise UserError(
+                f"--features {name}: {self.folder} has those of {found['encoder']} on a grid of "
+                f"{found['grid']}; delete its features, or give another --out"
+            )
+        if found is not None and found["complete"]:
+            return
+        network = repa.Encoder(name, grid, rt.device)
+        process.barrier()  # all have looked
+        if rt.is_main:
+            write_features_index(self.folder, name, grid, network.width)
+        bad = {entry["index"] for entry in index["unreadable"]}
+        for shard in range(rt.rank, num_shards(index), rt.world_size):
+            path, rows = features_path(self.folder, shard), shard_rows(index, shard)
+            if path.exists():
+                continue
+            out = np.zeros((len(rows), 2, grid * grid, network.width), dtype=np.float16)
+            good = [place for place, row in enumerate(rows) if row not in bad]
+            bar = tqdm(good, desc=f"features, shard {shard}", disable=not rt.is_main, leave=False)
+            for first in range(0, len(good), self.args.batch_size):
+                places = good[first : first + self.args.batch_size]
+                pixels = self.dataset.pixels(torch.tensor([rows[place] for place in places]))
+                images = pixels.to(rt.device).float() / 127.5 - 1
+                for mirror, half in enumerate((images, images.flip(-1))):
+                    out[places, mirror] = network(half).half().cpu().numpy()
+                bar.update(len(places))
+            with atomic_write(path) as temp:
+                save_array(temp, out)
+        process.barrier()
+        if rt.is_main:
+            paths = [features_path(self.folder, shard) for shard in range(num_shards(index))]
+            sums = {path.name: file_crc32(path) for path in paths}
+            write_features_index(self.folder, name, grid, network.width, sums)
+        process.barrier()
+
     def check(self) -> float:
         """Encode some images again; returns the largest difference from the cache.
 
@@ -286,6 +339,8 @@ def encode(args: argparse.Namespace, rt: process.Runtime) -> str:
     if not Path(args.data_path).is_dir() or cache_index(args.data_path) is not None:
         raise UserError(f"--data-path {args.data_path} is not an image folder")
     check_out(folder)
+    if args.features:
+        repa.split_name(args.features, "--features")
     dataset = load_dataset(args.data_path, image_size=args.image_size)
     assert isinstance(dataset, FolderImages)
     vae = load_vae(args.vae_path, device=rt.device)
@@ -312,6 +367,9 @@ def encode(args: argparse.Namespace, rt: process.Runtime) -> str:
             encoder.finish()
     elif index.get("latent_norm") is None and rt.is_main:  # not measured before
         encoder.measure()
+    if args.features:
+        process.barrier()
+        encoder.add_features(args.features, args.feature_grid or index["latent_shape"][1] // 2)
     if not rt.is_main:
         return ""
     lines = [f"checked {NUM_CHECKED} images: largest difference {encoder.check():.1e}"]

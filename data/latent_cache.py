@@ -27,6 +27,7 @@ from common.errors import FileError, UserError
 from common.files import verify_file
 from data.autoencoders import VAE, LatentNorm, Pixels, draw_latents, load_vae, vae_identity
 from data.datasets import FolderImages, ImageDataset, Key, load_dataset
+from data.latent_features import CachedFeatures
 from data.latent_index import (
     FORMAT,
     LABELS,
@@ -111,6 +112,7 @@ class CachedLatents(ImageDataset):
         labels = self._read_labels()
         self.rows = np.delete(np.arange(len(labels)), unreadable)
         self._shards: dict[int, Tensor] = {}
+        self.features: CachedFeatures | None = None  # set where a trainer wants them
         for shard in range(num_shards(index)):
             self._header(shard)
         kept = torch.from_numpy(labels[self.rows])
@@ -201,10 +203,16 @@ class CachedLatents(ImageDataset):
             parts.append(self._mapped(shard)[row, int(flip)])
         return from_stored(torch.stack(parts), self.index["dtype"])
 
-    def __getitems__(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor]:
-        """Return a batch: moments (N, M, C, H, W) fp32, labels (N,) int64."""
+    def __getitems__(self, keys: Sequence[Key]) -> tuple[Any, Tensor]:
+        """Return a batch: moments (N, M, C, H, W) fp32, labels (N,) int64.
+
+        Where `features` are asked for, the first is a pair: moments, and features (N, T, width).
+        """
         indices = torch.tensor([index for index, _ in keys])
-        return self.moments(keys), self.labels[indices]
+        if self.features is None:
+            return self.moments(keys), self.labels[indices]
+        features = self.features.rows(self.rows[indices.numpy()], keys)
+        return (self.moments(keys), features), self.labels[indices]
 
     def latents(self, batch: Tensor, vae: VAE | Pixels) -> Tensor:
         """Draw latents (N, C, H, W) from the moments of a batch, as the VAE does from images."""

@@ -2,18 +2,24 @@
 
 import argparse
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import run_main, save_image_folder, save_tiny_vae
 from launch import TINY_RUN
 from torch import Tensor
 from torch.testing import assert_close
 
+import encode_latents
 from checkpoint.state import checkpoint_path, load_checkpoint
 from checkpoint.weights import load_model
 from common.errors import UserError
+from data import load_dataset
+from data.latent_cache import CachedLatents
+from data.latent_features import CachedFeatures
 from train import DdpTrainer
 from training.flags import build_parser
 from training.job import prepare
@@ -158,3 +164,69 @@ def test_blocks_that_are_not_there_and_compiled_ones_are_refused(encoder: str) -
         prepare(parse("--repa", encoder, "--repa-block", "9"))
     with pytest.raises(UserError, match=r"--repa: train\.py has it, without --compile"):
         check_flags(parse("--repa", encoder, "--compile"))
+
+
+# ------------------------------------------------------------------------------ latent caches
+
+
+@pytest.fixture(scope="module")
+def cache(encoder: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Make an image folder and a cache of its latents that gets features afterwards."""
+    folder = tmp_path_factory.mktemp("cache")
+    images = save_image_folder(folder / "images", 2, 5, lambda *_: (64, 64))
+    (images / "class1" / "2.png").write_bytes(b"broken")
+    vae = save_tiny_vae(folder / "vae")
+    words = ("--data-path", images, "--vae-path", vae, "--image-size", 64, "--num-workers", 0)
+    command = (*words, "--out", folder / "latents", "--shard-size", 4, "--batch-size", 3)
+    run_main(encode_latents, *command)
+    run_main(encode_latents, *command, "--features", encoder)
+    with pytest.raises(
+        UserError, match=r"has those of timm:.* on a grid of 4; delete its features"
+    ):
+        run_main(encode_latents, *command, "--features", encoder, "--feature-grid", 8)
+    return images, folder / "latents"
+
+
+def test_cached_features_are_those_of_the_images_and_their_mirrors(
+    cache: tuple[Path, Path], encoder: str
+) -> None:
+    images, folder = cache
+    latents, network = CachedLatents(folder), Encoder(encoder, 4, torch.device("cpu"))
+    latents.features = CachedFeatures(folder, latents.index, encoder, 4)
+    real = load_dataset(str(images), image_size=64)
+    keys = [(0, False), (8, True), (3, True)]  # of nine that can be read; the last row is 9
+    (_, features), _ = latents.__getitems__(keys)
+    pixels = real.pixels(torch.tensor([0, 9, 3])).float() / 127.5 - 1
+    pixels[1:] = pixels[1:].flip(-1)
+    assert_close(features, network(pixels), atol=5e-3, rtol=1e-2)  # kept in float16
+
+
+def test_a_run_on_latents_learns_the_cached_features(
+    cache: tuple[Path, Path], encoder: str, tmp_path: Path
+) -> None:
+    _, folder = cache
+    flags = ("--data-path", str(folder), "--repa", encoder, "--global-batch-size", "4")
+    for workers in ("0", "1"):
+        job = prepare(parse(*flags, "--num-workers", workers))
+        latents, _, given = next(latent_batches(job, 0))
+        assert latents.shape == (4, 4, 8, 8) and given["features"].shape == (4, 16, 192)
+    run = train(tmp_path, *flags, "--max-steps", "2", "--num-workers", "0")
+    assert "repa_loss" in (run / "log.txt").read_text()
+
+
+def test_a_cache_without_fitting_features_says_how_to_make_them(
+    cache: tuple[Path, Path], encoder: str, tmp_path: Path
+) -> None:
+    _, folder = cache
+    flags = ("--data-path", str(folder), "--model", "DiT-Ti/4", "--repa", encoder)
+    with pytest.raises(
+        UserError, match=r"features of timm.* on a grid of 4, the model has 2; run its"
+    ):
+        prepare(parse(*flags))
+    other = tmp_path / "latents"
+    shutil.copytree(folder, other)
+    (other / "features.json").unlink()
+    with pytest.raises(
+        UserError, match=r"has no features; run its encode_latents\.py with --features"
+    ):
+        prepare(parse("--data-path", str(other), "--repa", encoder))

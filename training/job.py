@@ -21,6 +21,7 @@ from common.errors import UserError, blamed_on
 from common.process import Runtime
 from data import VAE, Data, ImageDataset, LatentNorm, Pixels, open_data
 from data.latent_cache import CachedLatents
+from data.latent_features import CachedFeatures
 from diffusion import OBJECTIVE_SETTINGS, Diffusion, create_diffusion
 from models import DiT, DiT_models
 from moe_ops import check_expert_parallel
@@ -48,7 +49,7 @@ class Job(NamedTuple):
     model: DiT
     num_parameters: tuple[int, int]  # total, activated
     start: list[str]  # lines that tell what of --init-from is taken
-    encoder: Encoder | None = None  # of --repa
+    encoder: Encoder | CachedFeatures | None = None  # of --repa
 
     @property
     def run_dir(self) -> Path:
@@ -105,13 +106,14 @@ def prepare(args: argparse.Namespace, *, meta: bool = False, precision: str | No
         **{name: getattr(settings, name) for name in OBJECTIVE_SETTINGS[settings.objective]},
     )
     counts, start = model.num_parameters(), told_start(settings, model)
-    encoder = None
+    encoder: Encoder | CachedFeatures | None = None
     if settings.repa is not None:
-        if isinstance(dataset, CachedLatents):
-            raise UserError(f"--repa {settings.repa} needs images: {args.data_path} has latents")
         check_repa(settings.repa, settings.repa_block, model)
-        if not args.dry_run:
-            grid = model.config.input_size // model.config.patch_size
+        grid = model.config.input_size // model.config.patch_size
+        if isinstance(dataset, CachedLatents):
+            encoder = CachedFeatures(dataset.folder, dataset.index, settings.repa, grid)
+            dataset.features = encoder
+        elif not args.dry_run:
             encoder = Encoder(settings.repa, grid, rt.device)
     return Job(settings, rt, dataset, vae, diffusion, model, counts, start, encoder)
 

@@ -21,6 +21,7 @@ from common.stopping import ON_PURPOSE, StopRequest, stop_name
 from data import make_loader
 from training.job import Job, describe, prepare
 from training.optimization import learning_rate
+from training.repa import Encoder
 from training.reporter import DivergedError, Reporter, grid_path, run_log
 from training.resume import find_resume
 
@@ -133,8 +134,13 @@ def latent_batches(job: Job, num_drawn: int) -> Iterator[Batch]:
         pin_memory=job.rt.device.type == "cuda",
     )
     for batch, labels in loader:
+        given = {}
+        if isinstance(batch, tuple | list):  # a latent cache that has features
+            batch, features = batch
+            given = {"features": features.to(job.rt.device, non_blocking=True)}
         batch = batch.to(job.rt.device, non_blocking=True)
-        given = {} if job.encoder is None else {"features": job.encoder(batch)}
+        if isinstance(job.encoder, Encoder):
+            given = {"features": job.encoder(batch)}
         latents = job.dataset.latents(batch, job.vae)
         yield latents, labels.to(job.rt.device, non_blocking=True), given
 

@@ -24,24 +24,24 @@ HIDDEN = 2048  # of the projector
 DEFAULT = "timm:vit_base_patch14_dinov2.lvd142m"
 
 
-def split_name(text: str) -> tuple[str, str | None]:
+def split_name(text: str, flag: str = "--repa") -> tuple[str, str | None]:
     """Return the network and, if given, the file of its weights, of timm:NAME or timm:NAME:FILE.
 
     Raises:
         UserError: it is neither, or there is no such file or network, or no timm.
     """
     if importlib.util.find_spec("timm") is None:
-        raise UserError(f"--repa {text} needs a package that is not here: pip install timm")
+        raise UserError(f"{flag} {text} needs a package that is not here: pip install timm")
     import timm
 
     kind, _, rest = text.partition(":")
     name, _, file = rest.partition(":")
     if kind != "timm" or not name:
-        raise UserError(f"--repa {text} is not timm:NAME or timm:NAME:FILE, such as {DEFAULT}")
+        raise UserError(f"{flag} {text} is not timm:NAME or timm:NAME:FILE, such as {DEFAULT}")
     if not timm.is_model(name):
-        raise UserError(f"--repa {text}: timm knows no {name}")
+        raise UserError(f"{flag} {text}: timm knows no {name}")
     if file and not Path(file).is_file():
-        raise UserError(f"--repa {text}: no such file: {file}")
+        raise UserError(f"{flag} {text}: no such file: {file}")
     return name, file or None
 
 

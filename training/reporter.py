@@ -33,7 +33,7 @@ from training.trackers import LoadPicture, Tracker, open_trackers
 GRID_COLUMNS, GRID_ROWS = 10, 6
 SHOWN = (
     *("train/loss", "train/aux_loss", "train/contrastive_loss", "train/z_loss"),
-    *("train/capacity_loss", "train/grad_norm", "system/images_per_second"),
+    *("train/capacity_loss", "train/repa_loss", "train/grad_norm", "system/images_per_second"),
     *("system/tflops_per_second", "system/mfu", "time/data", "time/step"),
 )
 ATTEMPT = "attempt"  # first word of each attempt's first line in the log
