@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed_worker import engine_file
 from helpers import run_main
 from launch import TINY_RUN, Process
 from torch.testing import assert_close
@@ -287,7 +288,8 @@ def test_shards_keep_several_averages_go_on_with_them_and_are_read(tmp_path: Pat
     """The same runs of one process by both trainers, to rounding."""
     flags = ("--ema-decay", "0.5", "0.9", "--weight-decay", "0.1", "--ckpt-every", "1")
     both = train(tmp_path / "ddp", *flags, "--max-steps", "3")
-    results = ("--results-dir", str(tmp_path / "zero"), "--deepspeed-config", "config/zero2.json")
+    engine = ("--deepspeed-config", engine_file("stage 2", tmp_path))
+    results = ("--results-dir", str(tmp_path / "zero"), *engine)
     words = [sys.executable, "train_deepspeed.py", *TINY_RUN, *results, *flags, "--max-steps"]
     for steps in ("2", "3"):
         Process([*words, steps], tmp_path / "log.txt").wait()
