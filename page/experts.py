@@ -28,11 +28,19 @@ Updates = dict[Any, Any]  # component -> what it becomes
 class ExpertView:
     """Pictures, sliders and charts of one drawing."""
 
-    def __init__(self, name: str, *, step: Any = None, charts: bool = True) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        title: str = "The pictures after this step",
+        step: Any = None,
+        charts: bool = True,
+    ) -> None:
         """Lay the components out where the page is being built.
 
         Args:
             name: of the view, unique in the page.
+            title: above the pictures.
             step: slider of another view that this one follows.
             charts: whether load, pairs and steps are shown beneath the picture.
         """
@@ -42,11 +50,11 @@ class ExpertView:
         picture |= {"buttons": [], "container": False}
         with gr.Row():
             with gr.Column(min_width=240):
-                gr.HTML(heading("What the network saw"))
+                gr.HTML(heading(title))
                 alt = "The pictures at this step; a click chooses one"
                 self.picture = gr.Image(elem_id=f"{name}-picture", alt_text=alt, **picture)
             with gr.Column(min_width=240):
-                gr.HTML(heading("The experts of each patch: click one"))
+                gr.HTML(heading("Experts (click a patch)"))
                 alt = "The picture in patches of its experts' colours; a click chooses one"
                 self.experts = gr.Image(elem_id=f"{name}-experts", alt_text=alt, **picture)
         self.legend = gr.HTML(elem_classes="legend")
@@ -155,7 +163,13 @@ class ExpertView:
 
     def live(self, drawing: Drawing) -> Updates:
         """Show how far a drawing has come."""
-        return {self.picture: contact_sheet(drawing.pictures(-1))}
+        pictures, layers = drawing.pictures(-1), drawing.trace.layers
+        updates: Updates = {self.picture: contact_sheet(pictures)}
+        if layers and drawing.steps_done:
+            weights = drawing.trace.at(Place(0, drawing.steps_done - 1, len(layers) // 2))
+            colors = expert_colors(drawing.trace.config.num_all_experts)
+            updates[self.experts] = overlay(pictures[0], weights, colors)
+        return updates
 
     def show(
         self, drawing: Drawing | None, chosen: int, step: float, layer: float, half: str, patch: int
@@ -167,7 +181,7 @@ class ExpertView:
             }
         index = min(max(int(step or 1) - 1, 0), len(drawing.times) - 1)
         t = drawing.times[index]
-        updates: Updates = {self.picture: contact_sheet(drawing.pictures(index), chosen)}
+        updates: Updates = {self.picture: contact_sheet(drawing.pictures_at(index), chosen)}
         layers = drawing.trace.layers
         if not layers:
             finished = contact_sheet(drawing.pictures(-1)[chosen : chosen + 1])
@@ -189,7 +203,7 @@ class ExpertView:
         row, column = divmod(patch, int(len(weights) ** 0.5))
         ranked = ranked_experts(weights)[patch]
         experts = [f"expert {names[e]} with weight {weights[patch, e]:.3f}" for e in ranked]
-        said = ", ".join(experts) or "no expert: only its attention and what is shared"
+        said = ", ".join(experts) or "no expert"
         updates: Updates = {
             self.experts: overlay(picture, weights, colors, patch),
             self.legend: legend(colors, names),
@@ -202,7 +216,7 @@ class ExpertView:
         load = patches_per_expert(weights)
         history = trace.over_steps(place, patch)
         contents = (
-            ("Patches of each expert", load_bars(load, float(load.sum()) / len(load), colors)),
+            ("Patches of each expert", load_bars(load, float(load.sum()) / trace.config.num_experts, colors)),
             ("Patches that two experts share", pair_chart(weights)),
             ("The framed patch, step by step", weight_table(history, place.step, drawing.times)),
         )

@@ -46,6 +46,7 @@ CSS = """
   border-left: 4px solid #D55E00; }
 .legend { line-height: 1.9; }
 h3 { margin: .3em 0 .5em !important; font-size: 1em !important; font-weight: 600 !important; }
+progress { width: 100%; accent-color: #D55E00; }
 img { image-rendering: pixelated; }
 footer { display: none !important; }
 """
@@ -167,7 +168,7 @@ def picture_tab(runs: Runs, limits: Limits) -> None:
                 elem_id="picture-status",
             )
         with gr.Column(scale=3, min_width=320):
-            view = ExpertView("picture")
+            view = ExpertView("picture", title="Your picture at this noise level")
 
     def event(name: str, path: str | None, label: int, t: float, seed: int) -> Iterator[Updates]:
         if path is None:

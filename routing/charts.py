@@ -34,13 +34,14 @@ def load_bars(counts: Tensor, even: float, colors: Sequence[str]) -> str:
         top, length = expert * ROW, room * count / most
         parts.append(_label(expert, top, ROW))
         parts.append(_box(LEFT, top + 2, length, ROW - 4, f'fill="{color}" {OUTLINE}'))
-        parts.append(_text(LEFT + length + 6, top + ROW / 2, str(count)))
     height, x = len(counts) * ROW, LEFT + room * even / most
     parts.append(
         f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height}" stroke="currentColor" '
         'stroke-dasharray="3 3"/>'
     )
     parts.append(_text(x, height + FONT, f"even: {even:.3g}", "middle"))
+    for expert, count in enumerate(counts.tolist()):  # over the line, and legible there
+        parts.append(_text(LEFT + room * count / most + 6, (expert + 0.5) * ROW, str(count)))
     described = ", ".join(f"expert {i}: {count}" for i, count in enumerate(counts.tolist()))
     return _svg(parts, height + FONT + 10, f"Patches of each expert. {described}")
 
@@ -105,6 +106,8 @@ def weight_table(weights: Tensor, step: int, times: Sequence[float]) -> str:
 
 OUTLINE = 'stroke="currentColor" stroke-width="0.5"'
 FRAME = "#D55E00"
+# What is behind a text is parted from it by the colour of the page, which Gradio names so.
+HALO = 'style="paint-order:stroke;stroke:var(--body-background-fill,white);stroke-width:3px"'
 
 
 def _svg(parts: Sequence[str], height: float, description: str) -> str:
@@ -122,7 +125,8 @@ def _box(x: float, y: float, width: float, height: float, style: str) -> str:
 
 def _text(x: float, y: float, text: str, anchor: str = "start", fill: str = "currentColor") -> str:
     place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" dominant-baseline="central"'
-    return f'<text {place} fill="{fill}">{escape(text)}</text>'
+    halo = HALO if fill == "currentColor" else ""
+    return f'<text {place} fill="{fill}" {halo}>{escape(text)}</text>'
 
 
 def _label(expert: int, top: float, height: float) -> str:
@@ -136,5 +140,5 @@ def _cell(x: float, y: float, width: float, height: float, share: float, text: s
     box = _box(x, y, width, height, f'fill="{shade}" fill-opacity="{0.08 + 0.92 * share:.3f}"')
     if not text or width < FONT * 0.62 * len(text) or height < FONT:
         return box
-    color = "white" if share > 0.5 else "currentColor"
+    color = "white" if share > 0.5 else "inherit"
     return box + _text(x + width / 2, y + height / 2, text, "middle", color)

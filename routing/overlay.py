@@ -57,8 +57,8 @@ def overlay(
         _mark(draw, _corners(patch, grid, cell), chosen_experts, colors)
     if chosen is not None:
         left, top, right, bottom = _corners(chosen, grid, cell)
-        draw.rectangle((left - 3, top - 3, right + 3, bottom + 3), outline="black", width=3)
-        draw.rectangle((left, top, right, bottom), outline=CHOSEN, width=2)
+        draw.rectangle((left, top, right, bottom), outline="black", width=5)
+        draw.rectangle((left + 1, top + 1, right - 1, bottom - 1), outline=CHOSEN, width=2)
     return np.array(image)
 
 

@@ -74,12 +74,19 @@ class Drawing:
         latents: at most S + 1 of (N, C, H, W) on the CPU: what the network saw at each step, then
             the result.
         trace: of the routers.
+        of_photo: whether the steps are noise levels of a photo.
     """
 
-    def __init__(self, run: DrawingRun, tracer: RoutingTracer, times: list[float]) -> None:
-        self.run, self.times, self.trace = run, times, tracer.trace
+    def __init__(
+        self, run: DrawingRun, tracer: RoutingTracer, times: list[float], of_photo: bool = False
+    ) -> None:
+        self.run, self.times, self.trace, self.of_photo = run, times, tracer.trace, of_photo
         self.latents: list[Tensor] = []
         self._decoded: dict[int, np.ndarray] = {}
+
+    def pictures_at(self, step: int) -> np.ndarray:
+        """Return the pictures of a step: after it, or of a photo, as the network saw them then."""
+        return self.pictures(step if self.of_photo else step + 1)
 
     @property
     def steps_done(self) -> int:
@@ -283,7 +290,7 @@ def route_picture(
     pixels = images.__getitems__([(0, False)])[0].to(run.device)
     latents = run.vae.encode(pixels, encoder_generator)
     tracer = RoutingTracer(run.model, len(times), 1)
-    drawing = Drawing(run, tracer, times)
+    drawing = Drawing(run, tracer, times, of_photo=True)
     y = torch.tensor([config.null_label if label is None else label], device=run.device)
     with torch.no_grad():
         for step, level in enumerate(times):
