@@ -4,6 +4,7 @@
     python convert.py results/RUN published.pt               # as the published code reads it
     python convert.py results/RUN folder                     # for DiT.from_pretrained, push_to_hub
     python convert.py results/RUN pipe --pipeline            # for diffusers
+    python convert.py results/RUN space --space              # app.py as a Hugging Face Space
     python convert.py dit_moe_xl_8E2A.pt XL-folder
 
 The name of DST says what it becomes. Whatever carries checksums is compared with them, every tensor
@@ -22,6 +23,7 @@ from checkpoint.hub import (
     save_published,
 )
 from checkpoint.layouts import check_told, known_fields
+from checkpoint.space import save_space
 from checkpoint.state import ACCEPTED
 from checkpoint.weights import Weights, find_vae_path, open_weights, verify_weights
 from common.errors import UserError, one_line_errors
@@ -42,6 +44,7 @@ def build_parser() -> FlagParser:
     )
     result = parser.group("Result")
     result.add("--pipeline", action="store_true", help="Make DST a diffusers pipeline folder.")
+    result.add("--space", action="store_true", help="Make DST a Hugging Face Space of app.py.")
     result.add(
         "--ema",
         **average_flag,
@@ -53,7 +56,7 @@ def build_parser() -> FlagParser:
         choices=["qkv", "Wqkv"],
         help="Names in a .pt. Default: Wqkv for models with QK norm, as XL and G have it.",
     )
-    result.add("--vae-path", help="Of the pipeline. Default: what SRC was trained with.")
+    result.add("--vae-path", help="Of a pipeline or Space. Default: as in training.")
 
     source = parser.group("What a published SRC does not tell")
     source.add(
@@ -74,12 +77,15 @@ def check_destination(args: argparse.Namespace) -> None:
     """
     check_new(args.dst)
     suffix = Path(args.dst).suffix
-    if args.pipeline and suffix in (".pt", ".safetensors"):
-        raise UserError(f"--pipeline writes a folder, but {args.dst} is named like a file")
+    if args.pipeline and args.space:
+        raise UserError("--pipeline and --space write different folders; choose one")
+    flag = "--space" if args.space else "--pipeline"
+    if (args.pipeline or args.space) and suffix in (".pt", ".safetensors"):
+        raise UserError(f"{flag} writes a folder, but {args.dst} is named like a file")
     if args.attention and suffix != ".pt":
         raise UserError(f"--attention {args.attention}: only of a .pt, and DST is {args.dst}")
-    if args.vae_path and not args.pipeline:
-        raise UserError(f"--vae-path {args.vae_path}: only with --pipeline")
+    if args.vae_path and not (args.pipeline or args.space):
+        raise UserError(f"--vae-path {args.vae_path}: only with --pipeline or --space")
 
 
 def write(args: argparse.Namespace, weights: Weights) -> str:
@@ -90,6 +96,10 @@ def write(args: argparse.Namespace, weights: Weights) -> str:
         vae_path = find_vae_path(settings, args.vae_path)
         save_pipeline(args.dst, weights, vae_path, wanted)
         return f"diffusers pipeline, VAE {vae_path}"
+    if args.space:
+        vae_path = find_vae_path(settings, args.vae_path)
+        save_space(args.dst, weights, vae_path, wanted)
+        return f"Hugging Face Space, VAE {vae_path}; try it: python {args.dst}/app.py"
     if suffix == ".pt":
         flash = config.qk_norm if args.attention is None else args.attention == "Wqkv"
         save_published(args.dst, weights, flash_attention=flash, dtype=wanted)

@@ -6,6 +6,7 @@
 from typing import Any
 
 import gradio as gr
+from torch import Tensor
 
 from routing.charts import load_bars, pair_table, weight_table
 from routing.figures import expert_colors
@@ -168,7 +169,8 @@ class ExpertView:
         if layers and drawing.steps_done:
             weights = drawing.trace.at(Place(0, drawing.steps_done - 1, len(layers) // 2))
             colors = expert_colors(drawing.trace.config.num_all_experts)
-            updates[self.experts] = overlay(pictures[0], weights, colors)
+            names = drawing.trace.expert_names
+            updates[self.experts] = overlay(pictures[0], weights, colors, names)
         return updates
 
     def show(
@@ -194,7 +196,7 @@ class ExpertView:
     def _show_place(self, drawing: Drawing, place: Place, patch: int, t: float) -> Updates:
         trace = drawing.trace
         colors = expert_colors(trace.config.num_all_experts)
-        names = expert_names(drawing)
+        names = trace.expert_names
         where = f"Block {trace.layers[place.layer]}, step {place.step + 1}, t = {t:.2f}"
         if not trace.ran[place.half, place.step]:
             return {self.where: note(f"{where}: guidance was off, nothing ran without a class.")}
@@ -205,7 +207,7 @@ class ExpertView:
         experts = [f"expert {names[e]} with weight {weights[patch, e]:.3f}" for e in ranked]
         said = ", ".join(experts) or "no expert"
         updates: Updates = {
-            self.experts: overlay(picture, weights, colors, patch),
+            self.experts: overlay(picture, weights, colors, names, patch),
             self.legend: legend(colors, names),
             self.where: note(
                 f"{where}. The framed patch, row {row + 1}, column {column + 1}: {said}."
@@ -216,29 +218,26 @@ class ExpertView:
         load = patches_per_expert(weights)
         history = trace.over_steps(place, patch)
         contents = (
-            ("Patches of each expert", load_bars(load, float(load.sum()) / trace.config.num_experts, colors)),
-            ("Patches that two experts share", pair_chart(weights)),
-            ("The framed patch, step by step", weight_table(history, place.step, drawing.times)),
+            (
+                "Patches of each expert",
+                load_bars(load, float(load.sum()) / trace.config.num_experts, colors, names),
+            ),
+            ("Patches that two experts share", pair_chart(weights, names)),
+            (
+                "The framed patch, step by step",
+                weight_table(history, place.step, drawing.times, names),
+            ),
         )
         for html, (title, content) in zip(self.charts, contents, strict=True):
             updates[html] = heading(title) + content
         return updates
 
 
-def pair_chart(weights: Any) -> str:
+def pair_chart(weights: Tensor, names: list[str]) -> str:
     """Return the table of pairs, or why there is none."""
     if int((~weights.isnan()).sum(dim=1).max()) < 2:
         return note("Here no patch has more than one expert.")
-    return pair_table(pairs_of(weights))
-
-
-def expert_names(drawing: Drawing) -> list[str]:
-    """Return the experts' numbers; the last may serve pictures without a class."""
-    config = drawing.run.config
-    names = [str(expert) for expert in range(config.num_all_experts)]
-    if config.unconditional_expert:
-        names[-1] += " (no class)"
-    return names
+    return pair_table(pairs_of(weights), names)
 
 
 def heading(text: str) -> str:

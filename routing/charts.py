@@ -19,20 +19,21 @@ SHADE = (0, 114, 178)  # of a table's cells, over the page's own background
 MAX_TICKS = 8
 
 
-def load_bars(counts: Tensor, even: float, colors: Sequence[str]) -> str:
+def load_bars(counts: Tensor, even: float, colors: Sequence[str], names: Sequence[str]) -> str:
     """Draw how many patches each expert has.
 
     Args:
         counts: (E,) patches.
         even: what each would have if all had as many; a dashed line.
         colors: of the experts, as `#rrggbb`.
+        names: of the experts.
     """
     most = max(int(counts.max()), math.ceil(even), 1)
     room = WIDTH - LEFT - 44  # for the number behind the longest bar
     parts = []
     for expert, (count, color) in enumerate(zip(counts.tolist(), colors, strict=True)):
         top, length = expert * ROW, room * count / most
-        parts.append(_label(expert, top, ROW))
+        parts.append(_label(names[expert], top, ROW))
         parts.append(_box(LEFT, top + 2, length, ROW - 4, f'fill="{color}" {OUTLINE}'))
     height, x = len(counts) * ROW, LEFT + room * even / most
     parts.append(
@@ -46,7 +47,7 @@ def load_bars(counts: Tensor, even: float, colors: Sequence[str]) -> str:
     return _svg(parts, height + FONT + 10, f"Patches of each expert. {described}")
 
 
-def pair_table(pairs: Tensor) -> str:
+def pair_table(pairs: Tensor, names: Sequence[str]) -> str:
     """Draw how many patches chose both of two experts: (E, E) counts, each pair once."""
     num_experts = len(pairs)
     size = (WIDTH - LEFT) / num_experts
@@ -56,23 +57,24 @@ def pair_table(pairs: Tensor) -> str:
     parts = []
     for row in range(1, num_experts):
         top = (row - 1) * height
-        parts.append(_label(row, top, height))
+        parts.append(_label(names[row], top, height))
         for column in range(row):
             count = int(pairs[row, column])
             parts.append(_cell(LEFT + column * size, top, size, height, count / most, str(count)))
     bottom = (num_experts - 1) * height
     for column in range(num_experts - 1):
-        parts.append(_text(LEFT + (column + 0.5) * size, bottom + FONT, str(column), "middle"))
+        parts.append(_text(LEFT + (column + 0.5) * size, bottom + FONT, names[column], "middle"))
     return _svg(parts, bottom + FONT + 10, "Patches that chose both of two experts")
 
 
-def weight_table(weights: Tensor, step: int, times: Sequence[float]) -> str:
+def weight_table(weights: Tensor, step: int, times: Sequence[float], names: Sequence[str]) -> str:
     """Draw the weights that one patch gave each expert at each step.
 
     Args:
         weights: (S, E), NaN where the expert was not chosen.
         step: the one to frame.
         times: t of each step.
+        names: of the experts.
     """
     num_steps, num_experts = weights.shape
     width = (WIDTH - LEFT - 2) / num_steps
@@ -80,7 +82,7 @@ def weight_table(weights: Tensor, step: int, times: Sequence[float]) -> str:
     parts = []
     for expert in range(num_experts):
         top = expert * ROW
-        parts.append(_label(expert, top, ROW))
+        parts.append(_label(names[expert], top, ROW))
         parts.append(
             _box(LEFT, top + 1, WIDTH - LEFT - 2, ROW - 2, 'fill="currentColor" opacity="0.06"')
         )
@@ -129,9 +131,9 @@ def _text(x: float, y: float, text: str, anchor: str = "start", fill: str = "cur
     return f'<text {place} fill="{fill}" {halo}>{escape(text)}</text>'
 
 
-def _label(expert: int, top: float, height: float) -> str:
-    """Write an expert's number before its row."""
-    return _text(LEFT - 6, top + height / 2, str(expert), "end")
+def _label(name: str, top: float, height: float) -> str:
+    """Write an expert's name before its row."""
+    return _text(LEFT - 6, top + height / 2, name, "end")
 
 
 def _cell(x: float, y: float, width: float, height: float, share: float, text: str) -> str:

@@ -25,7 +25,11 @@ FRAMED = (213, 94, 0)  # around the chosen one
 
 
 def overlay(
-    picture: np.ndarray, weights: Tensor, colors: Sequence[str], chosen: int | None = None
+    picture: np.ndarray,
+    weights: Tensor,
+    colors: Sequence[str],
+    names: Sequence[str],
+    chosen: int | None = None,
 ) -> np.ndarray:
     """Paint every patch in the colour of its heaviest expert; the next ones are small squares.
 
@@ -35,6 +39,7 @@ def overlay(
         picture: (H, W, C) uint8, square.
         weights: (T, E), NaN where an expert was not chosen.
         colors: of the experts, as `#rrggbb`.
+        names: of the experts, written where there is room.
         chosen: patch to frame.
 
     Returns:
@@ -54,7 +59,7 @@ def overlay(
     image = Image.blend(image, flat, OPACITY)
     draw = ImageDraw.Draw(image)
     for patch, chosen_experts in enumerate(experts):
-        _mark(draw, _corners(patch, grid, cell), chosen_experts, colors)
+        _mark(draw, _corners(patch, grid, cell), chosen_experts, colors, names)
     if chosen is not None:
         left, top, right, bottom = _corners(chosen, grid, cell)
         draw.rectangle((left, top, right, bottom), outline="black", width=5)
@@ -78,6 +83,7 @@ def _mark(
     corners: tuple[int, int, int, int],
     experts: Sequence[int],
     colors: Sequence[str],
+    names: Sequence[str],
 ) -> None:
     """Part a patch from the next one, number it, and put the lighter experts along its bottom."""
     left, top, right, bottom = corners
@@ -87,14 +93,14 @@ def _mark(
         return
     font = ImageFont.load_default(size=min(cell * 0.42, 22))
     middle = (left + cell * 0.5, top + cell * 0.36)
-    draw.text(middle, str(experts[0]), _ink(colors[experts[0]]), font, anchor="mm")
+    draw.text(middle, names[experts[0]], _ink(colors[experts[0]]), font, anchor="mm")
     small = min(max(cell // 4, 5), 26)
     for rank, expert in enumerate(experts[1 : cell // (small + 2)]):
         x, y = left + 3 + rank * (small + 2), bottom - 2 - small
         draw.rectangle((x, y, x + small, y + small), fill=colors[expert], outline="white")
         if small >= MIN_NUMBERED:
             font, middle = ImageFont.load_default(size=small * 0.55), (x + small / 2, y + small / 2)
-            draw.text(middle, str(expert), _ink(colors[expert]), font, anchor="mm")
+            draw.text(middle, names[expert], _ink(colors[expert]), font, anchor="mm")
 
 
 def _ink(color: str) -> str:

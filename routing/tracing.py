@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from models import DiT, DiTConfig, Routing
 from routing.counting import mixtures_of
+from routing.tables import UNCONDITIONAL
 
 
 class Place(NamedTuple):
@@ -42,6 +43,12 @@ class RoutingTrace:
         shape = _shape(config, num_steps, num_pictures)
         self.weights = torch.full(shape, math.nan, dtype=torch.float16)
         self.ran = torch.zeros(2, num_steps, dtype=torch.bool)
+
+    @property
+    def expert_names(self) -> list[str]:
+        """Return what charts call the E experts: numbers, and `tables.UNCONDITIONAL`."""
+        names = [str(expert) for expert in range(self.config.num_experts)]
+        return [*names, UNCONDITIONAL] if self.config.unconditional_expert else names
 
     def at(self, place: Place) -> Tensor:
         """Return the weights (T, E) fp32 at a place, NaN where an expert was not chosen."""

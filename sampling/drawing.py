@@ -22,6 +22,7 @@ from data.class_images import open_pictures
 from data.image_files import size_of
 from diffusion import Diffusion
 from models import DiTConfig
+from routing.tables import UNCONDITIONAL
 from routing.tracing import RoutingTracer, layers_of, trace_bytes
 from sampling.opening import DrawingRun
 
@@ -127,7 +128,7 @@ def describe_experts(config: DiTConfig) -> str:
     if config.num_shared_experts:
         said += " Shared experts, which see every patch, are not shown."
     if config.unconditional_expert:
-        said += " One more expert serves what has no class."
+        said += f" {UNCONDITIONAL} is one more, for what has no class."
     return said
 
 

@@ -234,7 +234,7 @@ def test_the_experts_are_described_for_every_family() -> None:
     )
     assert describe_experts(choosing) == (
         "6 of its 12 blocks have 4 experts. Experts choose their patches of the picture, about 2 "
-        "for each patch: some get none. One more expert serves what has no class."
+        "for each patch: some get none. U is one more, for what has no class."
     )
 
 
