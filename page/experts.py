@@ -61,6 +61,7 @@ class ExpertView:
         self.legend = gr.HTML(elem_classes="legend")
         with gr.Row():
             slider: dict[str, Any] = {"step": 1, "interactive": True, "visible": False}
+            slider |= {"min_width": 240}  # on a phone one beneath the other
             self.own_step = step is None
             if self.own_step:
                 step = gr.Slider(1, 2, 1, label="Step", elem_id=f"{name}-step", **slider)
