@@ -1035,6 +1035,12 @@ class DiT(nn.Module, PyTorchModelHubMixin, library_name="dit-moe"):
             if not parameter.is_meta:
                 initialize_parameter(name, parameter)
 
+    def mlp_weights(self) -> list[Tensor]:
+        """Return the matrices of all experts and MLPs, nearly all parameters of the model."""
+        kinds = (Experts, GeluExperts, SwiGLU)
+        found = [module for module in self.modules() if isinstance(module, kinds)]
+        return [p for module in found for p in module.parameters()]
+
     def use_flash_attn(self, enabled: bool = True) -> None:
         """Switch all attention to the flash-attn package (GPU, half precision) or back to torch's.
 

@@ -10,7 +10,7 @@ Running the same command again continues where the run stopped, bit for bit.
 import argparse
 import logging
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from checkpoint.state import (
 )
 from common import process
 from common.errors import blamed_on, one_line_errors
+from moe_ops import rounded_once
 from training.expert_parallel import ExpertParallel
 from training.flags import build_parser
 from training.job import Ema, Job, compile_blocks
@@ -71,6 +72,7 @@ class DdpTrainer:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         named = list(self.model.named_parameters())
         self.order = saved_order(self.model)
+        self.mlp_weights = self.model.mlp_weights()
         self.wrapped: nn.Module = self.model
         self.projector: nn.Module | None = None  # of --repa, in no checkpoint's weights
         if job.encoder is not None:
@@ -105,10 +107,11 @@ class DdpTrainer:
         """
         set_learning_rate(self.optimizer, learning_rate(self.settings, self.step))
         losses = []
-        for i, batch in enumerate(batches):
-            with ddp_sync(self.wrapped, i == self.settings.accum_steps - 1):
-                losses.append(micro_loss(self.job, self.wrapped, batch))
-                self.scaler.scale(losses[-1].total / self.settings.accum_steps).backward()
+        with self._weights_rounded():
+            for i, batch in enumerate(batches):
+                with ddp_sync(self.wrapped, i == self.settings.accum_steps - 1):
+                    losses.append(micro_loss(self.job, self.wrapped, batch))
+                    self.scaler.scale(losses[-1].total / self.settings.accum_steps).backward()
         grad_norm = self._finish_gradients()
         self.scaler.step(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
@@ -121,6 +124,11 @@ class DdpTrainer:
                 average.update()
             self.step += 1
         return {**mean_losses(losses), "grad_norm": grad_norm}
+
+    def _weights_rounded(self) -> AbstractContextManager[None]:
+        """Round what is used in every micro-batch once; compiled, that is fused with its use."""
+        dtype = process.DTYPES[self.settings.precision]
+        return nullcontext() if self.settings.compile else rounded_once(self.mlp_weights, dtype)
 
     def _finish_gradients(self) -> Tensor:
         """Unscale and clip the gradients; returns the () norm that they had."""

@@ -3,7 +3,8 @@
 Pure arithmetic, imports nothing of ours. In reading order: `layer` (what the network calls), `plan`
 (the sorting of one dispatch), `matmul` (the experts' matmuls, and how they run where), `fused` (the
 experts themselves, and one that sees all tokens), `gelu` (those with biases and a GELU), `choice`
-(where a token may have any number of experts), `exact` (the router's matmul), `ranks` (sums over
+(where a token may have any number of experts), `rounding`
+(weights in half precision), `exact` (the router's matmul), `ranks` (sums over
 all ranks) and `exchange` (where the experts of a layer live on different ranks).
 
 Shapes: M tokens, K experts per token, R = M*K routed rows, E experts, D hidden, F expert hidden.
@@ -20,6 +21,7 @@ from moe_ops.layer import gelu_experts, plan_dispatch, swiglu, swiglu_experts
 from moe_ops.matmul import expert_matmuls, grouped_linear
 from moe_ops.plan import DispatchPlan, sort_by_expert, sum_rows
 from moe_ops.ranks import gather_over_ranks, num_ranks, rank, sum_over_ranks
+from moe_ops.rounding import rounded_once
 
 __all__ = [
     "DispatchPlan",
@@ -36,6 +38,7 @@ __all__ = [
     "num_ranks",
     "plan_dispatch",
     "rank",
+    "rounded_once",
     "sort_by_expert",
     "sum_over_ranks",
     "sum_rows",

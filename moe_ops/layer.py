@@ -10,6 +10,7 @@ from moe_ops.fused import swiglu_rows
 from moe_ops.gelu import gelu_grouped
 from moe_ops.matmul import place_offsets
 from moe_ops.plan import DispatchPlan, sort_by_expert
+from moe_ops.rounding import rounded
 
 
 def swiglu_experts(
@@ -37,7 +38,7 @@ def swiglu_experts(
     Source: arXiv:2407.11633, sec. 2.2; SwiGLU: arXiv:2002.05202.
     """
     # Outside the ops: the backward uses the same cast.
-    gate_up_proj, down_proj = gate_up_proj.to(x.dtype), down_proj.to(x.dtype)
+    gate_up_proj, down_proj = rounded(gate_up_proj, x.dtype), rounded(down_proj, x.dtype)
     expert_weights = expert_weights.to(x.dtype)
     if num_rows is not None:
         return swiglu_choice(x, gate_up_proj, down_proj, expert_indices, expert_weights, num_rows)
@@ -75,7 +76,7 @@ def gelu_experts(
         being the tanh approximation.
     """
     weights = (up_proj, up_bias, down_proj, down_bias)
-    up_proj, up_bias, down_proj, down_bias = (weight.to(x.dtype) for weight in weights)
+    up_proj, up_bias, down_proj, down_bias = (rounded(weight, x.dtype) for weight in weights)
     weights = (up_proj, up_bias, down_proj, down_bias)
     chosen = expert_indices, expert_weights.to(x.dtype)
     if num_rows is not None:
@@ -93,5 +94,5 @@ def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     Returns:
         (..., D).
     """
-    gate_up, down = gate_up.to(x.dtype), down.to(x.dtype)
+    gate_up, down = rounded(gate_up, x.dtype), rounded(down, x.dtype)
     return swiglu_rows(x.reshape(-1, x.shape[-1]), gate_up, down).view_as(x)

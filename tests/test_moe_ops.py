@@ -19,6 +19,7 @@ from moe_ops import (
     exact_linear,
     expert_matmuls,
     grouped_linear,
+    rounded_once,
     sort_by_expert,
     swiglu,
     swiglu_experts,
@@ -145,6 +146,19 @@ def test_float32_weights_of_a_bfloat16_layer_get_float32_gradients():
     actual = run(swiglu_experts, inputs)
     assert [a.dtype for a in actual] == [torch.bfloat16] * 2 + [torch.float32] * 3
     assert_agree(actual, run(loop_over_tokens, [x, *inputs[1:]]), 2e-2)
+
+
+def test_weights_rounded_once_give_the_bits_of_weights_rounded_at_every_use():
+    x, gate_up, down, indices, weights = make_inputs()
+    inputs = [x.detach().bfloat16().requires_grad_(), gate_up, down, indices, weights]
+    expected = run(swiglu_experts, inputs)
+    with rounded_once([gate_up, down], torch.bfloat16):
+        within = run(swiglu_experts, inputs)
+    for found, wanted in zip(within, expected, strict=True):
+        assert found.dtype == wanted.dtype and torch.equal(found, wanted)
+    with torch.no_grad():
+        gate_up.mul_(2.0)
+    assert not torch.equal(run(swiglu_experts, inputs)[0], expected[0])  # no copy is left
 
 
 # -- dispatch

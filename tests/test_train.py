@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,7 @@ def test_a_finished_run_is_left_as_it_is(
     before = last.stat().st_mtime_ns
     train(tmp_path, *FULL_RUN)
     assert f"resumed {last} at step {MAX_STEPS}" in caplog.text
+    assert "experts: one matmul an expert" in caplog.text
     assert last.stat().st_mtime_ns == before
 
 
@@ -323,6 +325,17 @@ def test_resuming_a_file_continues_from_that_one(
 
 
 # ------------------------------------------------------------------------------ one step
+
+
+@pytest.mark.parametrize("flags", [(), ("--accum-steps", "2"), ("--optimizer", "muon")])
+def test_weights_rounded_once_a_step_make_the_updates_of_weights_rounded_at_every_use(
+    flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once = make_updates("--precision", "bf16", *flags)
+    monkeypatch.setattr("train.rounded_once", lambda *_: nullcontext())
+    always = make_updates("--precision", "bf16", *flags)
+    for ours, theirs in zip(once, always, strict=True):
+        assert_close(ours, theirs, rtol=0, atol=0)
 
 
 def test_ema_equals_its_formula_after_some_steps() -> None:

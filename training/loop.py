@@ -19,6 +19,7 @@ from checkpoint.run_lock import lock_run
 from common import process
 from common.stopping import ON_PURPOSE, StopRequest, stop_name
 from data import make_loader
+from moe_ops import expert_matmuls
 from training.job import Job, describe, prepare
 from training.optimization import learning_rate
 from training.repa import Encoder
@@ -184,6 +185,9 @@ def launch(
         process.finish()
         return
     with lock_run(job.run_dir), run_log(job):
+        if job.model.config.num_experts:
+            dtype = process.DTYPES[job.settings.precision]
+            logging.info("experts: %s", expert_matmuls(job.rt.device, dtype))
         checkpoint = find_resume(job.settings)
         trainer = make_trainer(job)
         if checkpoint:

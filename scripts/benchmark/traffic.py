@@ -23,7 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models import DiT, DiTBlock, DiTConfig
+from models import DiT, DiTConfig
+from moe_ops import rounded_once
 
 MATMULS = ("mm", "addmm", "bmm", "grouped_linear", "grouped_outer", "exact_linear",
            "_scaled_dot_product_flash_attention",
@@ -144,14 +145,14 @@ def size(tensor: Tensor) -> int:
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
-def _inputs(config: DiTConfig, images: int) -> tuple[DiTBlock, list[Tensor], Tensor]:
-    """Build a block on the fake GPU; returns it, tokens and conditioning, and `is_null`."""
+def _inputs(config: DiTConfig, images: int) -> tuple[DiT, list[Tensor], Tensor]:
+    """Build one block on the fake GPU; returns it, tokens and conditioning, and `is_null`."""
     with torch.device("cuda"):
-        block: Any = DiT(config).train().blocks[0]
+        model: Any = DiT(config).train()
         x = torch.randn(images, config.num_patches, config.hidden_size)
         c = torch.randn(images, config.hidden_size)
         is_null = torch.zeros(images, dtype=torch.bool)
-    return block, [x.requires_grad_(), c.requires_grad_()], is_null
+    return model, [x.requires_grad_(), c.requires_grad_()], is_null
 
 
 def _autocast(dtype: torch.dtype) -> torch.autocast:
@@ -161,8 +162,10 @@ def _autocast(dtype: torch.dtype) -> torch.autocast:
 def count_eager(config: DiTConfig, images: int, dtype: torch.dtype) -> Traffic:
     """Count the operators of one block's forward and backward under autocast, balance loss too."""
     with fake_gpu():
-        block, inputs, is_null = _inputs(config, images)
-        with Traffic() as traffic:
+        model, inputs, is_null = _inputs(config, images)
+        block: Any = model.blocks[0]
+        # as train.py rounds weights, before the micro-batches of a step
+        with rounded_once(model.mlp_weights(), dtype), Traffic() as traffic:
             with _autocast(dtype):
                 out, losses = block(*inputs, is_null)
             with torch.no_grad():
@@ -181,7 +184,8 @@ def saved_per_token(config: DiTConfig, images: int, dtype: torch.dtype) -> float
         return tensor
 
     with fake_gpu():
-        block, inputs, is_null = _inputs(config, images)
+        model, inputs, is_null = _inputs(config, images)
+        block: Any = model.blocks[0]
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), _autocast(dtype):
             block(*inputs, is_null)
         weights = {p.numel() * wide for p in block.parameters() for wide in (2, 4)}
@@ -200,7 +204,8 @@ def count_compiled(config: DiTConfig, images: int, dtype: torch.dtype) -> dict[s
     from torch.fx.experimental.proxy_tensor import make_fx
 
     with fake_gpu() as fake, patch("torch.compiler.is_compiling", return_value=True):
-        block, inputs, is_null = _inputs(config, images)
+        model, inputs, is_null = _inputs(config, images)
+        block: Any = model.blocks[0]
         names, weights = zip(*block.named_parameters(), strict=True)
 
         def step(primals: list[Tensor], tangents: list[Tensor]) -> tuple[list, list]:
