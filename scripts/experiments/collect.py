@@ -148,7 +148,7 @@ def samplers(results: Path, docs: Path) -> dict[str, dict[str, float]]:
         low, high = flags["cfg_interval"]
         guidance = f"{flags['cfg_scale']:g}" if flags["cfg_scale"] != 1 else "off"
         guidance += "" if (low, high) == (0.0, 1.0) else f", t in [{low:g}, {high:g}]"
-        trained = "4,500" if name.endswith("-4500") else "2,250"  # samplers.sh names them so
+        trained = "3,500" if name.endswith("-3500") else "2,250"  # samplers.sh names them so
         cells = [flags["sampler"], str(flags["num_sampling_steps"]), guidance, trained]
         cells += [f"{row[FD]:.2f}"]
         cells += [f"{row[key]:.3f}" for key in ("precision", "recall", READ)]

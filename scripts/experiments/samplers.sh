@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Samplers compared on Fashion-MNIST: steps against quality and time, for the README's model and for
-# the same one trained with DDPM; then both trained on, twice as long, and drawn from again.
+# the same one trained with DDPM; then both trained on to 3,500 steps and drawn from again.
 # Writes docs/results/samplers.json and .png; the page is docs/RESULTS.md:
 #   bash scripts/experiments/samplers.sh
-# About an hour and a half on two quiet cores: two runs at a time, one thread each. What is done stays done.
+# About an hour and a quarter on two quiet cores: two runs at a time, one thread each. What is done
+# stays done.
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 
 export RF=${RF:-results/fashion} DDPM=${DDPM:-results/fashion-ddpm} OUT=${OUT:-results/samplers}
@@ -49,14 +50,13 @@ load_classifier('fashion-mnist', Path('results/references'))" # once, not by bot
 } | xargs -P 2 -L 1 bash -euo pipefail -c 'draw "$@"' _
 
 for run in "$RF" "$DDPM"; do # the same runs go on, under names of their own
-  [ -e "$run-4500" ] || { cp -r "$run" "$run-copy" && mv "$run-copy" "$run-4500"; }
+  [ -e "$run-3500" ] || { cp -r "$run" "$run-copy" && mv "$run-copy" "$run-3500"; }
 done
-both 4500 -4500
+both 3500 -3500
 {
-  echo "$DDPM-4500 ddpm 250 -4500"
-  echo "$RF-4500 euler 50 -4500"
-  echo "$RF-4500 euler 25 -4500"
-  echo "$DDPM-4500 ddim 50 -4500"
-  echo "$DDPM-4500 dpm++ 20 -4500"
+  echo "$RF-3500 euler 50 -3500"
+  echo "$RF-3500 euler 25 -3500"
+  echo "$DDPM-3500 ddim 50 -3500"
+  echo "$DDPM-3500 dpm++ 20 -3500"
 } | xargs -P 2 -L 1 bash -euo pipefail -c 'draw "$@"' _
 python scripts/experiments/collect.py samplers --results "$OUT"
