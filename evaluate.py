@@ -92,7 +92,7 @@ def build_parser() -> FlagParser:
         help="Folder of the four idx files. Default: the checkpoint's, Debian's or ./downloads.",
     )
     _reference_flags(parser)
-    drawing_flags(parser, offload=False)
+    drawing_flags(parser, offload=False, ranks=True)
     sampling_flags(parser, batch_size=100)
     return parser
 
@@ -253,10 +253,13 @@ def draw_samples(samples: SampleRun, seed: int, out: Path) -> tuple[Path, float]
     if rt.is_main:
         write_object(files.claim, identity)
     starts = range(0, args.num_samples, args.batch_size)
-    mine = list(starts)[rt.rank :: rt.world_size]
+    lacking = process.from_main([first for first in starts if not files.part(first).exists()])
+    mine = process.turns(lacking, rt, together=args.expert_parallel is not None)
     laps: list[float] = []
     for first in tqdm(mine, desc=f"samples, seed {seed}", unit="batch", disable=not rt.is_main):
-        if not files.part(first).exists():
+        if first is None:  # only the experts here are needed
+            samples.draw(seed, starts[0], starts[0] + 1)
+        else:
             began = time.monotonic()
             images = samples.draw(seed, first, first + args.batch_size)
             laps.append((time.monotonic() - began) / len(images))
@@ -278,7 +281,9 @@ def loss_of(samples: SampleRun, dataset: ImageDataset) -> float:
     rt, opened, total = samples.rt, samples.opened, torch.zeros(2, dtype=torch.float64)
     chosen = torch.randperm(len(dataset), generator=_generator(0))[:LOSS_IMAGES]
     batches = [(d, part) for d in range(LOSS_DRAWS) for part in chosen.split(100)]
-    for d, part in batches[rt.rank :: rt.world_size]:
+    together = samples.args.expert_parallel is not None
+    for turn in process.turns(batches, rt, together=together):
+        d, part = turn or batches[0]
         images, labels = dataset.__getitems__([(int(index), False) for index in part])
         generator = _generator(1, d, int(part[0]))
         latents = opened.vae.encode(images.to(rt.device))
@@ -287,7 +292,8 @@ def loss_of(samples: SampleRun, dataset: ImageDataset) -> float:
             lambda *inputs: (opened.model(*inputs), torch.zeros(())),
             latents, labels.to(rt.device), t=t, noise=noise,
         )  # fmt: skip
-        total += torch.stack([out.per_sample.sum().cpu(), torch.tensor(float(len(part)))])
+        if turn is not None:
+            total += torch.stack([out.per_sample.sum().cpu(), torch.tensor(float(len(part)))])
     total = process.sum_over_ranks(total.to(rt.device)).cpu()
     return (total[0] / total[1]).item()
 

@@ -4,6 +4,7 @@
     python sample.py --ckpt results/demo --labels 3 7 --num-per-class 20 --out 37.png
     python sample.py --model DiT-XL/2 --ckpt dit_moe_xl_8E2A.pt --vae-path V --cfg-scale 1.5
     python sample.py --ckpt G-16E2A --vae-path V --quantize int8  # or --offload disk
+    torchrun --nproc_per_node=8 sample.py --ckpt G-16E2A --vae-path V --expert-parallel 8
 
 Our checkpoints say everything about the model, the objective and the data; for published files the
 flags do.
@@ -11,6 +12,7 @@ flags do.
 
 import argparse
 import math
+import os
 import zlib
 from pathlib import Path
 
@@ -55,7 +57,7 @@ def build_parser() -> FlagParser:
         metavar="N",
         help=f"Images of each class. Default: about {NUM_IMAGES} in all.",
     )
-    drawing_flags(parser)
+    drawing_flags(parser, ranks=True)
     sampling_flags(parser)
     return parser
 
@@ -146,7 +148,7 @@ def draw(run: DrawingRun, y: Tensor, args: argparse.Namespace, device: torch.dev
             null_label=config.null_label,
             guide=run.guide,
             generator=generator,
-            progress=True,
+            progress=os.environ.get("RANK", "0") == "0",
         )
         images.append(run.vae.decode(latents).cpu())
         if not images[-1].isfinite().all():
@@ -180,8 +182,11 @@ def main(args: argparse.Namespace) -> None:
     if args.out:
         check_picture_path(args.out)
     rt = process.setup()
-    if rt.world_size > 1:
-        raise UserError("sample.py draws in one process: start it without torchrun")
+    if rt.world_size > 1 and args.expert_parallel is None:
+        raise UserError(
+            "sample.py draws in one process: start it without torchrun, or give --expert-parallel "
+            f"{rt.world_size}"
+        )
     # a model that fills the memory must not keep what its loading freed
     process.keep_freed_memory(args.quantize is None and args.offload is None)
     run = open_run(args.ckpt, device=rt.device, **drawing_options(args))
@@ -191,12 +196,16 @@ def main(args: argparse.Namespace) -> None:
     columns, count = width * len(labels), per_class * len(labels)
     check_grid(out, count, run.image_size, columns, f"--num-per-class {per_class}")
     images = draw(run, torch.tensor(labels).repeat(per_class), args, rt.device)
+    if not rt.is_main:  # all have drawn the same
+        process.finish()
+        return
     known = dict(enumerate(run.class_names))
     names = [name for i in labels for name in (known.get(i, str(i)), *[""] * (width - 1))]
     save_grid(arrange(images, len(labels), width), out, columns=columns, column_names=names)
     order = "one class a column" if width == 1 else f"each class in {width} columns"
     dtype = process.long_name(run.model.dtype)
     print(f"{count} images, {order}, {run.diffusion.objective}, {dtype}: {out}")
+    process.finish()
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from common.errors import blamed_on, one_line_errors
 from moe_ops import rounded_once
 from training.expert_parallel import ExpertParallel
 from training.flags import build_parser
-from training.job import Ema, Job, compile_blocks
+from training.job import Ema, Job, compile_blocks, describe
 from training.loop import (
     Batch,
     all_finite,
@@ -40,6 +40,7 @@ from training.loop import (
     micro_loss,
     require_loss_scale,
 )
+from training.memory import expert_table
 from training.muon import build_optimizer
 from training.optimization import learning_rate, set_learning_rate
 from training.parameters import load_optimizer, optimizer_state, saved_order
@@ -291,12 +292,26 @@ class ExpertParallelTrainer(DdpTrainer):
         logging.info("resumed %s at step %d", path, self.step)
 
 
+def plan(job: Job) -> str:
+    """Return what `--dry-run` prints with `--expert-parallel`: settings, memory and bytes sent."""
+    settings, ranks = job.settings, [job.rt.world_size] if job.rt.world_size > 1 else [8, 16, 64]
+    table = expert_table(
+        job.model,
+        ranks,
+        sorted({1, settings.expert_parallel or 1}),
+        images=settings.global_batch_size,
+        width=process.DTYPES[settings.precision].itemsize,
+        grad_checkpointing=settings.grad_checkpointing,
+    )
+    return f"{describe(job)}\n\n{table}"
+
+
 def main(args: argparse.Namespace) -> None:
     """Train."""
     if args.expert_parallel is None:
         launch(args, DdpTrainer)
     else:
-        launch(args, ExpertParallelTrainer, meta=True)
+        launch(args, ExpertParallelTrainer, meta=True, plan=plan)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from checkpoint.weights import average_kinds, average_name
 from common import process
-from common.errors import one_line_errors
+from common.errors import UserError, one_line_errors
 from common.flags import FlagParser, number
 from training import zero
 from training.flags import build_parser
@@ -195,6 +195,11 @@ def plan(job: Job, ranks: list[int] | None) -> str:
 
 def main(args: argparse.Namespace) -> None:
     """Train, or plan."""
+    if args.expert_parallel is not None:
+        raise UserError(
+            f"--expert-parallel {args.expert_parallel}: DeepSpeed's engine cuts experts over all "
+            "ranks alike; take train.py, which goes on with a run of this script and back"
+        )
     wanted, precision = resolve_precision(args, read_config(args.deepspeed_config))
     rt = zero.join()
     if rt.is_main and precision != wanted:

@@ -7,7 +7,7 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -137,6 +137,19 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 def any_rank(value: bool, device: torch.device) -> bool:
     """Tell whether it is so on any rank."""
     return bool(sum_over_ranks(torch.full((), int(value), device=device)))
+
+
+def turns(work: Sequence[Any], rt: Runtime, *, together: bool = False) -> list[Any]:
+    """Return this rank's part of a list.
+
+    Args:
+        work: what all ranks have to do.
+        rt: this process.
+        together: fill up with None, so that all have as many turns, since they need each other.
+    """
+    mine = list(work[rt.rank :: rt.world_size])
+    missing = -(-len(work) // rt.world_size) - len(mine)
+    return mine + [None] * (missing if together else 0)
 
 
 def barrier() -> None:

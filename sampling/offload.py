@@ -21,7 +21,7 @@ from checkpoint.weights import Weights, build_model, empty_model, open_weights, 
 from common.errors import UserError
 from common.quiet import silence_torchao
 from models import DiT
-from moe_ops import sort_by_expert, sum_rows
+from moe_ops import ExpertGroup, sort_by_expert, sum_rows
 
 Block = tuple[int, dict[str, Tensor]]  # its number, and its tensors without `blocks.i.`
 
@@ -76,6 +76,7 @@ def build_for_sampling(
     device: str | torch.device = "cpu",
     quantize: str | None = None,
     offload: str | None = None,
+    group: ExpertGroup | None = None,
 ) -> DiT:
     """Return the model of open weights, never to be trained, in eval mode.
 
@@ -86,10 +87,13 @@ def build_for_sampling(
             in `dtype`; arithmetic stays in `dtype`.
         offload: "cpu" keeps the blocks in memory and brings each to the GPU for its forward,
             "disk" leaves them in the file.
+        group: of ranks that hold the experts together; without quantize and offload.
 
     Raises:
         FileError: weights are missing, damaged, or don't fit the config.
     """
+    if group is not None:
+        return _build_part(weights, dtype, device, group)
     if quantize is None and offload is None:
         return build_model(weights, dtype=dtype, device=device)
     model = empty_model(weights.config).requires_grad_(False)
@@ -104,6 +108,22 @@ def build_for_sampling(
         if block.is_moe:
             block.moe.experts = Int8Experts(block.moe.experts)
     return model
+
+
+def _build_part(
+    weights: Weights, dtype: torch.dtype | None, device: str | torch.device, group: ExpertGroup
+) -> DiT:
+    """Return the model with this rank's experts only; a block is the most that is ever whole."""
+    model = empty_model(weights.config).requires_grad_(False)
+    model.use_expert_group(group)
+    first, last = group.experts_of(group.rank, weights.config.num_all_experts)
+    state: dict[str, Tensor] = {}
+    for _, tensors in read_blocks(weights):
+        for name, tensor in tensors.items():
+            part = tensor[first:last] if ".moe.experts." in name else tensor
+            state[name] = place(name, part, device, dtype, copy=True)
+    model.load_state_dict(state, assign=True)
+    return model.eval()
 
 
 def _load_outside(

@@ -33,13 +33,19 @@ from common.flags import (
 from data import VAE, Pixels, load_vae
 from diffusion import OBJECTIVE_SETTINGS, Diffusion, create_diffusion
 from models import DiT, DiT_models, DiTConfig
+from moe_ops import ExpertGroup, check_expert_parallel, num_ranks
 from sampling.offload import build_for_sampling, check_options
 
 TOLD = ("model", "num_classes", "num_experts", "num_experts_per_tok", "image_size")
 
 
 def drawing_flags(
-    parser: FlagParser, *, quantize: bool = True, offload: bool = True, guide: bool = True
+    parser: FlagParser,
+    *,
+    quantize: bool = True,
+    offload: bool = True,
+    guide: bool = True,
+    ranks: bool = False,
 ) -> FlagGroup:
     """Add the group of flags that `drawing_options` reads.
 
@@ -48,6 +54,7 @@ def drawing_flags(
         quantize: whether it has `--quantize`.
         offload: whether it has `--offload`.
         guide: whether it has `--guide-ckpt`.
+        ranks: whether it has `--expert-parallel`.
     """
     group = parser.group("Model")
     group.add(
@@ -93,6 +100,13 @@ def drawing_flags(
             choices=["int8"],
             help="Keep the experts' weights in a quarter of the memory; needs torchao.",
         )
+    if ranks:
+        group.add(
+            "--expert-parallel",
+            type=number(int, 1, 4096),
+            metavar="N",
+            help="Number of neighbouring ranks, under torchrun, that hold the experts together.",
+        )
     if offload:
         group.add(
             "--offload",
@@ -104,7 +118,17 @@ def drawing_flags(
 
 def drawing_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of `open_run` that flags say."""
-    names = ("ema", "rf", "dtype", "quantize", "offload", "vae_path", "time_shift", "guide_ckpt")
+    names = (
+        "expert_parallel",
+        "ema",
+        "rf",
+        "dtype",
+        "quantize",
+        "offload",
+        "vae_path",
+        "time_shift",
+        "guide_ckpt",
+    )
     told = {name: getattr(args, name, None) for name in TOLD}
     return {name: getattr(args, name) for name in names if hasattr(args, name)} | {"told": told}
 
@@ -159,6 +183,7 @@ def open_run(
     told: Mapping[str, Any] | None = None,
     time_shift: float | None = None,
     guide_ckpt: str | Path | None = None,
+    expert_parallel: int | None = None,
 ) -> DrawingRun:
     """Open a checkpoint for drawing; what does not fit is refused before weights are read.
 
@@ -175,6 +200,7 @@ def open_run(
             it, any other is compared with it. None says nothing.
         time_shift: of rectified flow's steps; None: that of the checkpoint.
         guide_ckpt: checkpoint of ours whose model guides, of the same data and objective.
+        expert_parallel: ranks that hold the experts together; all must draw equally often then.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
@@ -186,6 +212,13 @@ def open_run(
     config, settings = weights.config, weights.settings
     check_told(path, told, config)
     check_options(weights, device, quantize=quantize, offload=offload)
+    options: dict[str, Any] = {"quantize": quantize, "offload": offload}
+    if expert_parallel is not None:
+        with blamed_on(f"--expert-parallel {expert_parallel}"):
+            if quantize or offload:
+                raise ValueError("it goes with neither --quantize nor --offload")
+            check_expert_parallel(expert_parallel, config.num_experts, num_ranks())
+        options["group"] = ExpertGroup(expert_parallel) if expert_parallel > 1 else None
     objective = find_objective(settings, config, rf)
     vae_path = find_vae_path(settings, vae_path)
     vae = load_vae(
@@ -198,12 +231,7 @@ def open_run(
         raise UserError(f"--image-size {told['image_size']}: {path} has {size}")
     guiding = None if guide_ckpt is None else open_guide(guide_ckpt, weights, ema=ema)
     diffusion = objective_of(objective, config, settings, vae, path, time_shift)
-    options: dict[str, Any] = {
-        "dtype": process.pick_dtype(dtype, device),
-        "device": device,
-        "quantize": quantize,
-        "offload": offload,
-    }
+    options |= {"dtype": process.pick_dtype(dtype, device), "device": device}
     model = build_for_sampling(weights, **options)
     guide = None if guiding is None else build_for_sampling(guiding, **options)
     return DrawingRun(weights.path, model, diffusion, vae, vae_path, settings, guide)

@@ -1,18 +1,37 @@
 """Experts on several ranks train as on one: gloo ranks against DDP and against one process."""
 
 import itertools
+import json
+import os
+import random
+import re
+import signal
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from deepspeed_worker import engine_file
 from expert_parallel_worker import CASES, NUM_UPDATES, make_updates
-from launch import REPO, Process, torchrun
+from launch import REPO, TINY_RUN, Process, descendants, torchrun
+from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
+import convert
+from checkpoint.sharded import ShardedCheckpoint
+from checkpoint.state import latest_checkpoint
+from checkpoint.weights import load_model
+from common import process
+from common.errors import UserError
 from moe_ops import ExpertGroup, check_expert_parallel
 from training.expert_parallel import IGNORE_BY_DDP
+from training.flags import build_parser
+from training.job import prepare
+from training.reporter import draw_grid
 
 NUM_BLOCKS, HIDDEN, NUM_EXPERTS = 4, 96, 4  # of DiT-Ti
 
@@ -137,3 +156,182 @@ def test_every_expert_is_held_once_and_the_unconditional_one_by_the_last_rank() 
 
 def test_torch_still_lets_ddp_leave_parameters_out() -> None:
     assert callable(getattr(DistributedDataParallel, IGNORE_BY_DDP))
+
+
+# ------------------------------------------------------------------------------ commands
+
+CKPT_EVERY, MAX_STEPS = 3, 9
+RUN = (*TINY_RUN, "--ckpt-every", str(CKPT_EVERY), "--log-every", "1", "--expert-parallel")
+FULL_RUN = (*RUN, "2", "--max-steps", str(MAX_STEPS))
+
+
+def checkpoint(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"{step:07d}"
+
+
+def losses(log: str) -> dict[int, float]:
+    """Return the loss by step from a run's log."""
+    return {int(s): float(v) for s, v in re.findall(r"step (\d+): loss ([\d.]+)", log)}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train two ranks with half of the experts each to the end, which draws a grid."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    flags = ("--sample-every", str(MAX_STEPS), "--keep-last", "2", "--results-dir", str(folder))
+    Process(torchrun("train.py", *FULL_RUN, *flags), folder / "log.txt").wait()
+    return folder / "run"
+
+
+def test_the_last_shares_are_kept_and_every_script_reads_them(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    names = sorted(item.name for item in (undisturbed / "checkpoints").iterdir())
+    assert names == ["0000006", "0000009", "latest"]
+    assert latest_checkpoint(undisturbed) == checkpoint(undisturbed, MAX_STEPS)
+    shares = [p.stat().st_size for p in checkpoint(undisturbed, MAX_STEPS).glob("*.safetensors")]
+    assert len(shares) == 2 and max(shares) < 1.01 * min(shares)
+    out = tmp_path / "ema.safetensors"
+    convert.main(convert.build_parser().parse_args([str(undisturbed), str(out)]))
+    model = load_model(out)
+    start = (*TINY_RUN, "--init-from", str(undisturbed), "--results-dir", str(tmp_path))
+    job = prepare(build_parser(None).parse_args(start))
+    assert_close(job.model.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_the_grid_that_all_ranks_draw_is_that_of_the_exported_averages(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    job = prepare(build_parser(None).parse_args([*TINY_RUN, "--results-dir", str(tmp_path)]))
+    pictures = draw_grid(load_model(undisturbed), job, 1), undisturbed / "samples/0000009.png"
+    ours, theirs = (torch.tensor(np.asarray(Image.open(path)).astype(int)) for path in pictures)
+    assert (ours - theirs).abs().max() <= 1  # sums in another order
+
+
+def test_a_single_process_goes_on_with_the_loss_of_two_ranks(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    start = checkpoint(undisturbed, 6)
+    flags = ("--max-steps", "8", "--lr", "0", "--resume", str(start), "--results-dir")
+    command = [sys.executable, "train.py", *RUN, "1", *flags, str(tmp_path)]
+    output = Process(command, tmp_path / "log.txt").wait()
+    assert f"{start} is from 2 ranks, this run has 1" in output
+    ours, theirs = ShardedCheckpoint(checkpoint(tmp_path / "run", 8)), ShardedCheckpoint(start)
+    for name in theirs.shapes:  # at a rate of zero they stay as they are
+        assert torch.equal(ours.read("model", name), theirs.read("model", name))
+    expected = losses((undisturbed / "log.txt").read_text())
+    assert losses(output)[7] == pytest.approx(expected[7], rel=0.2)
+
+
+def test_ranks_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    given = [*RUN, "3", "--results-dir", str(tmp_path / "new")]
+    with pytest.raises(UserError, match=r"--expert-parallel 3: .* 4 experts and 1 ranks: 1 would"):
+        prepare(build_parser(None).parse_args(given))
+    assert not (tmp_path / "new").exists()
+
+
+def kill_a_rank(launched: Process, run: Path, moment: str) -> int:
+    """Kill one of two ranks: at a random moment after the first checkpoint, or while it saves.
+
+    Returns:
+        Its id.
+    """
+    seed = int(os.environ.get("KILL_SEED", time.time_ns() % 10**6))
+    draw = random.Random(seed)
+    step, rank = draw.randint(CKPT_EVERY, MAX_STEPS - 3), draw.choice([0, 1])
+    print(f"KILL_SEED={seed}: SIGKILL of rank {rank} after step {step}")
+    log, saving = run / "log.txt", f"checkpoints/{2 * CKPT_EVERY:07d}.*.partial"
+    deadline = time.monotonic() + 180
+    while not (
+        any(run.glob(saving)) if moment == "saving"
+        else log.exists() and f"step {step}:" in log.read_text()
+    ):  # fmt: skip
+        assert time.monotonic() < deadline and launched.popen.poll() is None
+        time.sleep(0.001)
+    pid = descendants(launched.popen.pid)[rank]
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+def assert_same_end(run: Path, expected: Path) -> None:
+    """Compare all that the ranks saved at the end, bit for bit."""
+    for rank in range(2):
+        name = f"{rank:05d}.safetensors"
+        ours, theirs = (checkpoint(r, MAX_STEPS) / name for r in (run, expected))
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["random", "saving"])
+def test_a_killed_rank_is_named_within_a_minute_and_the_same_command_reaches_the_same_bits(
+    moment: str, undisturbed: Path, tmp_path: Path
+) -> None:
+    command = torchrun("train.py", *FULL_RUN, "--results-dir", str(tmp_path))
+    launched = Process(command, tmp_path / "killed.txt")
+    pid, killed = kill_a_rank(launched, tmp_path / "run", moment), time.monotonic()
+    assert launched.popen.wait(60) != 0 and time.monotonic() - killed < 60
+    said = launched.log.read_text()
+    assert re.search(rf"rank +: \d.*\n.*exitcode +: -9 \(pid: {pid}\)", said)
+    assert "resumed" in Process(command, tmp_path / "resumed.txt").wait()
+    assert_same_end(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_started_again_by_max_restarts(undisturbed: Path, tmp_path: Path) -> None:
+    flags = (*FULL_RUN, "--results-dir", str(tmp_path))
+    launched = Process(torchrun("--max-restarts=1", "train.py", *flags), tmp_path / "log.txt")
+    kill_a_rank(launched, tmp_path / "run", "random")
+    assert "resumed" in launched.wait()
+    assert_same_end(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_4_2_and_1_ranks_with_zero_2_and_with_2_again(tmp_path: Path) -> None:
+    zero = ("train_deepspeed.py", "--deepspeed-config", engine_file("stage 2", tmp_path))
+    legs = [  # ranks, script, --expert-parallel
+        (4, ("train.py",), ("--expert-parallel", "4")),
+        (2, ("train.py",), ("--expert-parallel", "2")),
+        (1, ("train.py",), ("--expert-parallel", "1")),
+        (2, zero, ()),
+        (2, ("train.py",), ("--expert-parallel", "2")),
+    ]
+    output = ""
+    for i, (ranks, script, flags) in enumerate(legs):
+        steps = ("--max-steps", str(10 * (i + 1)), "--log-every", "2", "--ckpt-every", "10")
+        rate = ("--results-dir", str(tmp_path), *(("--lr", "0") if i == len(legs) - 1 else ()))
+        command = torchrun(*script, *TINY_RUN, *flags, *steps, *rate, nproc=ranks)
+        output += Process(command, tmp_path / f"{i}.txt").wait()
+    found = losses(output)
+    first, last = (torch.tensor([found[s] for s in steps]) for steps in ([2, 4], [42, 44, 46, 48]))
+    assert last.mean() < 0.9 * first.mean()
+    states = [load_model(checkpoint(tmp_path / "run", s)).state_dict() for s in (40, 50)]
+    for name, value in states[0].items():  # at a rate of zero averages go on towards the weights
+        assert_close(states[1][name], value, rtol=0, atol=0.02)
+
+
+def test_ranks_that_share_the_experts_draw_the_picture_of_one_process(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    drawn = ("sample.py", "--ckpt", str(undisturbed), "--num-sampling-steps", "3", "--out")
+    ranks = torchrun(*drawn, str(tmp_path / "2.png"), "--expert-parallel", "2")
+    Process([sys.executable, *drawn, str(tmp_path / "1.png")], tmp_path / "1.txt").wait()
+    Process(ranks, tmp_path / "2.txt").wait()
+    one, two = (np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("1.png", "2.png"))
+    tolerance = 1 if process.default_precision(torch.device("cpu")) == "fp32" else 8
+    assert one.shape == two.shape and abs(one - two).max() <= tolerance
+
+
+@pytest.mark.slow
+def test_ranks_that_share_the_experts_judge_the_samples_of_one_process(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    # three batches: the second rank has nothing to draw in the last turn
+    flags = ("--num-samples", "50", "--batch-size", "20", "--dtype", "fp32", "--cache")
+    judged = ("evaluate.py", "--ckpt", str(undisturbed), *flags, str(tmp_path / "cache"), "--out")
+    ranks = torchrun(*judged, str(tmp_path / "2"), "--expert-parallel", "2")
+    Process([sys.executable, *judged, str(tmp_path / "1")], tmp_path / "1.txt").wait(900)
+    Process(ranks, tmp_path / "2.txt").wait(900)
+    one, two = (np.load(tmp_path / n / "seed0.npz")["arr_0"].astype(int) for n in ("1", "2"))
+    assert one.shape == two.shape and abs(one - two).max() <= 1
+    values = [json.loads((tmp_path / n / "metrics.json").read_text())["values"] for n in ("1", "2")]
+    assert values[1]["test_loss"] == pytest.approx(values[0]["test_loss"], rel=1e-4)

@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from models import DiT, DiT_models
-from training.memory import GIB, memory_table, rank_memory
+from training.memory import (
+    GIB,
+    expert_memory,
+    expert_table,
+    expert_wire,
+    memory_table,
+    rank_memory,
+    split_parameters,
+)
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +78,23 @@ def test_the_table_has_a_row_for_every_stage_and_number_of_ranks(giant: DiT) -> 
     rows = [line.split() for line in memory_table(giant, [8, 64]).splitlines()[2:]]
     assert [row[:2] for row in rows[:4]] == [["8", s] for s in ("0", "2", "3", "3+offload")]
     assert len(rows) == 8 and all(float(row[-1]) > 0 for row in rows if row[1] == "3+offload")
+
+
+def test_expert_parallelism_divides_the_experts_alone(giant: DiT) -> None:
+    (dense, every), (_, part) = (split_parameters(giant, size) for size in (1, 8))
+    assert dense + every == 16_503_731_232 and part * 8 == every == 40 * 16 * 3 * 1408 * 5632
+    assert expert_memory(giant, 1).total == pytest.approx(20 * (dense + every), rel=1e-3)
+    assert expert_memory(giant, 8).total < 60 * GIB < 300 * GIB < expert_memory(giant, 1).total
+
+
+def test_bytes_on_the_wire_are_two_rings_of_gradients_and_four_rows_a_choice(giant: DiT) -> None:
+    dense, every = split_parameters(giant, 1)
+    ddp, sent = (expert_wire(giant, 8, size, 16, 2, False) for size in (1, 8))
+    assert ddp == (round(8 * (dense + every) * 7 / 8), 0)
+    assert sent == (round(8 * dense * 7 / 8), 4 * 16 * 256 * 2 * 40 * 1408 * 2 * 7 // 8)
+    again = expert_wire(giant, 8, 8, 16, 2, True)
+    assert again.tokens == sent.tokens * 6 // 4
+    rows = expert_table(giant, [8, 64], [1, 8], images=128, width=2, grad_checkpointing=False)
+    assert [line.split()[:2] for line in rows.splitlines()[2:]] == [
+        ["8", "1"], ["8", "8"], ["64", "1"], ["64", "8"]
+    ]  # fmt: skip

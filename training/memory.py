@@ -1,4 +1,4 @@
-"""How much memory a rank needs, by arithmetic alone: what `train_deepspeed.py --dry-run` prints.
+"""How much memory a rank needs, and sends, by arithmetic alone: what `--dry-run` prints.
 
 Counted is what stays from step to step, and the largest gather. Not counted: activations, the
 buckets of the engine's configuration, and a step's scratch.
@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import nn
+
+from models import DiT
 
 GIB = 2**30
 STAGES = ("0", "2", "3", "3+offload")
@@ -86,3 +88,104 @@ def memory_table(model: nn.Module, ranks: Sequence[int]) -> str:
             rows.append((str(num_ranks), stage, *values))
     lines = ["  ".join(f"{cell:>9}" for cell in row) for row in rows]
     return "\n".join(["memory per rank in GiB, without activations:", *lines])
+
+
+# ------------------------------------------------------------------------------ expert parallelism
+
+
+class Wire(NamedTuple):
+    """Bytes that a rank sends to others in an optimizer step, at an even load of the experts."""
+
+    gradients: int  # summed over the ranks that hold the same, in rings
+    tokens: int  # rows of tokens and of their gradients, there and back
+
+
+def split_parameters(model: DiT, size: int) -> tuple[int, int]:
+    """Return the parameters that are not experts', and those of the experts of one of N ranks.
+
+    Args:
+        model: whole.
+        size: N; the last rank, which may have the unconditional expert too, counts.
+    """
+    named = list(model.named_parameters())
+    experts = [p for name, p in named if ".moe.experts." in name]
+    held = model.config.num_all_experts - (size - 1) * (model.config.num_all_experts // size)
+    every = sum(p.numel() for p in experts)
+    part = sum(p.numel() // len(p) * held for p in experts)
+    return sum(p.numel() for _, p in named) - every, part
+
+
+def expert_memory(model: DiT, size: int) -> Memory:
+    """Count what a rank holds with `--expert-parallel N`, as of DDP: all but the other experts.
+
+    Args:
+        model: whole, may be on the meta device.
+        size: N.
+    """
+    dense, experts = split_parameters(model, size)
+    whole = dense + experts
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    trained = whole - frozen
+    return Memory(4 * whole, 4 * trained, 8 * trained, 4 * whole, 0)
+
+
+def expert_wire(
+    model: DiT, num_ranks: int, size: int, num_images: float, width: int, grad_checkpointing: bool
+) -> Wire:
+    """Count what a rank sends in an optimizer step with `--expert-parallel N`.
+
+    A row of D goes out and back, and so does its gradient: 4 rows a choice, 6 where the forward
+    pass is made again; (N - 1) / N of them go to other ranks.
+
+    Args:
+        model: whole, may be on the meta device.
+        num_ranks: W.
+        size: N; 1 is DDP.
+        num_images: of a rank in a step.
+        width: bytes of an element of the rows: 2 in half formats, else 4.
+        grad_checkpointing: whether it is on.
+    """
+    dense, experts = split_parameters(model, size)
+    config, replicas = model.config, num_ranks // size
+    gradients = 8 * (
+        dense * (num_ranks - 1) / num_ranks + experts * (replicas - 1) / replicas
+    )  # float32, twice through a ring
+    layers = sum(config.is_moe_block(index) for index in range(config.depth))
+    rows = num_images * config.num_patches * config.experts_per_token * layers
+    trips = 6 if grad_checkpointing else 4
+    tokens = trips * rows * config.hidden_size * width * (size - 1) / size
+    return Wire(round(gradients), round(tokens))
+
+
+def expert_table(
+    model: DiT,
+    ranks: Sequence[int],
+    sizes: Sequence[int],
+    *,
+    images: int,
+    width: int,
+    grad_checkpointing: bool,
+) -> str:
+    """Return a table of GiB per rank and GB on the wire: N of `--expert-parallel` on W ranks.
+
+    Args:
+        model: whole.
+        ranks, sizes: W and N.
+        images: of all ranks in a step.
+        width, grad_checkpointing: as in `expert_wire`.
+    """
+    head = ("ranks", "N", "state", "gradients", "tokens")
+    rows: list[tuple[str, ...]] = [head]
+    for num_ranks in ranks:
+        for size in sizes:
+            if num_ranks % size:
+                continue
+            state = expert_memory(model, size).total / GIB
+            sent = expert_wire(
+                model, num_ranks, size, images / num_ranks, width, grad_checkpointing
+            )
+            values = (state, *(value / 1e9 for value in sent))
+            rows.append((str(num_ranks), str(size), *(f"{value:.2f}" for value in values)))
+    lines = ["  ".join(f"{cell:>9}" for cell in row) for row in rows]
+    what = f"per rank: GiB of state, GB sent in a step of {images} images at an even load:"
+    return "\n".join([what, *lines])
