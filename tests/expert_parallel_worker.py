@@ -18,12 +18,14 @@ from train_worker import FLAGS, State, global_batch, micro_batches
 
 from checkpoint.state import latest_checkpoint
 from common import process
+from models import DiT
 from routing import LoadCounter
 from train import DdpTrainer, ExpertParallelTrainer
 from training.expert_parallel import ExpertParallel
 from training.flags import build_parser
 from training.initial import initial_weights
 from training.job import prepare
+from training.memory import expert_memory
 
 NUM_UPDATES, BATCH = 5, 8
 CASES: dict[str, tuple[str, ...]] = {
@@ -179,6 +181,28 @@ def count_bytes(*flags: str) -> dict[str, Any]:
     return {**sent, "counts of choices": process.gather_on_main(counter.counts)}
 
 
+def allocated(*flags: str) -> dict[str, Any]:
+    """Return the bytes that this rank holds in a step, and what the plan says."""
+    trainer: Any = make_trainer(*flags)
+    config = trainer.model.config
+    with torch.device("meta"):
+        expected = expert_memory(DiT(config), trainer.settings.expert_parallel)
+    found = {"gradients": 0}
+
+    def count(*_: Any) -> None:
+        found["gradients"] = sum(p.grad.nbytes for p in trainer.parameters)
+
+    trainer.optimizer.register_step_pre_hook(count)
+    trainer.train_step(micro_batches(trainer, global_batch(0, BATCH)))
+    moments = [s[k] for s in trainer.optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")]
+    found |= {
+        "weights": sum(p.nbytes for p in trainer.model.parameters()),
+        "optimizer": sum(tensor.nbytes for tensor in moments),
+        "ema": sum(p.nbytes for p in trainer.ema.model.parameters()),
+    }
+    return {"found": found, "expected": {name: getattr(expected, name) for name in found}}
+
+
 def overflow(*flags: str) -> tuple[int, int, float]:
     """Spoil one rank's expert in float16: steps, skipped ones, and by how much weights differ."""
     trainer: Any = make_trainer("--precision", "fp16", *flags)
@@ -229,6 +253,7 @@ def main(path: str, folder: str, *sizes: str) -> None:
             results["bytes", size, precision] = process.gather_on_main(
                 count_bytes(*flags, "--precision", precision)
             )
+        results["memory", size] = process.gather_on_main(allocated(*flags))
         results["resumed", size] = resumed_updates(Path(folder) / size, *flags)
     favourites = {"one": [0] * rt.world_size, "others": [2, 0] * (rt.world_size // 2)}
     for choice in ("", *sizes):

@@ -135,6 +135,11 @@ def test_bytes_on_the_wire_are_those_of_the_formula(
     assert all(r["counts"] == NUM_BLOCKS * 2 * 4 for r in ranks)  # of two experts, int32
 
 
+def test_the_memory_plan_is_what_each_rank_holds(on_two_ranks: dict[Any, Any]) -> None:
+    for rank in on_two_ranks["memory", "2"]:
+        assert rank["found"] == rank["expected"]
+
+
 # ------------------------------------------------------------------------------ what fits
 
 
