@@ -28,6 +28,7 @@ from training.job import prepare
 from training.memory import expert_memory
 
 NUM_UPDATES, BATCH = 5, 8
+SHALLOW = 4  # blocks; of deeper models the last weights alone are kept
 CASES: dict[str, tuple[str, ...]] = {
     "token choice": ("--aux-loss-weight", "0.1"),
     "accumulated": ("--accum-steps", "2", "--balance", "none"),
@@ -97,7 +98,10 @@ def make_updates(*flags: str) -> list[State]:
             if name != "grad_norm":  # each rank's own, of its own images
                 values[name] = process.sum_over_ranks(value) / trainer.rt.world_size
         values |= {f"buffer/{name}": b.clone() for name, b in trainer.model.named_buffers()}
-        for kind, model in (("model", trainer.model), ("ema", trainer.ema.model)):
+        kinds = {"model": trainer.model, "ema": trainer.ema.model}
+        if trainer.model.config.depth > SHALLOW:  # a gigabyte else
+            kinds = {"model": trainer.model} if step == NUM_UPDATES - 1 else {}
+        for kind, model in kinds.items():
             values |= {f"{kind}/{name}": value for name, value in whole(trainer, model).items()}
         states.append(values)
     return states
