@@ -3,9 +3,9 @@
 Pure arithmetic, imports nothing of ours. In reading order: `layer` (what the network calls), `plan`
 (the sorting of one dispatch), `matmul` (the experts' matmuls, and how they run where), `fused` (the
 experts themselves, and one that sees all tokens), `gelu` (those with biases and a GELU), `choice`
-(where a token may have any number of experts), `rounding`
-(weights in half precision), `exact` (the router's matmul), `ranks` (sums over
-all ranks) and `exchange` (where the experts of a layer live on different ranks).
+(where a token may have any number of experts), `rounding` (weights in half precision), `exact` (the
+router's matmul), `ranks` (sums over all ranks) and `exchange` (where the experts of a layer live on
+different ranks).
 
 Shapes: M tokens, K experts per token, R = M*K routed rows, E experts, D hidden, F expert hidden.
 One code for all devices. On a GPU every shape is static, and in bfloat16 on compute capability 9.x

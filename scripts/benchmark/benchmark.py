@@ -335,8 +335,11 @@ def measure_growth(bench: Bench, config: DiTConfig) -> None:
                 config, num_experts=experts, num_experts_per_tok=k, depth=1
             )
             flops = forward_flops(changed, images, "moe") * M // tokens
-            run = layer_run(random_moe(changed), [x[:, :M] for x in batches], precision)
-            contestants[Entry(f"E={experts} K={k} M={M}", precision, flops)] = run
+            name, own = f"E={experts} K={k} M={M}", [x[:, :M] for x in batches]
+            moe = random_moe(changed)
+            contestants[Entry(name, precision, flops)] = layer_run(moe, own, precision)
+            if (k, M) == (K, tokens):
+                contestants[Entry(f"bare {name}", precision, flops)] = bare_run(moe, own, precision)
         reference = f"E={E} K={K} M={tokens} {precision.name}"
         bench.report("growth", config, bench.alternate(contestants), reference)
 
