@@ -189,7 +189,7 @@ def _check(name: str, value: Any, low: float, high: float, kind: type = int) -> 
     if not number or not low <= value <= high or (kind is int and value != int(value)):
         expected = "a whole number" if kind is int else "a number"
         shown = "nothing" if value is None else value
-        raise UserError(f"{name}: expected {expected} from {low:g} to {high:g}, got {shown}")
+        raise UserError(f"{name}: expected {expected} from {low} to {high}, got {shown}")
 
 
 def draw(run: DrawingRun, plan: DrawingPlan) -> Iterator[Drawing]:

@@ -122,7 +122,7 @@ def test_what_the_model_draws_as_nan_is_said_and_not_shown(tmp_path: Path) -> No
         ({"num_pictures": 9}, r"pictures: .* from 1 to 8, got 9"),
         ({"num_pictures": 1.5}, r"pictures: .* got 1.5"),
         ({"seed": None}, "seed: expected a whole number .* got nothing"),
-        ({"seed": -1}, "seed: .* got -1"),
+        ({"seed": -1}, "seed: .* from 0 to 9223372036854775807, got -1"),
         ({"cfg_scale": float("nan")}, "guidance scale: .* got nan"),
         ({"cfg_interval": (0.8, 0.2)}, "its start 0.8 is above its end 0.2"),
         ({"cfg_interval": (0.0, 1.5)}, "end of the guidance interval: .* got 1.5"),
