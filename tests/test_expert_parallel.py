@@ -22,12 +22,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import convert
+import train_deepspeed
 from checkpoint.sharded import ShardedCheckpoint
 from checkpoint.state import latest_checkpoint
 from checkpoint.weights import load_model
 from common import process
 from common.errors import UserError
 from moe_ops import ExpertGroup, check_expert_parallel
+from train_deepspeed import build_deepspeed_parser
 from training.expert_parallel import IGNORE_BY_DDP
 from training.flags import build_parser
 from training.job import prepare
@@ -233,6 +235,12 @@ def test_ranks_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: 
     with pytest.raises(UserError, match=r"--expert-parallel 3: .* 4 experts and 1 ranks: 1 would"):
         prepare(build_parser(None).parse_args(given))
     assert not (tmp_path / "new").exists()
+
+
+def test_deepspeed_refuses_to_share_experts_and_says_what_does() -> None:
+    args = build_deepspeed_parser().parse_args([*RUN, "2"])
+    with pytest.raises(UserError, match=r"--expert-parallel 2: .*; take train\.py, which goes on"):
+        train_deepspeed.main(args)
 
 
 def kill_a_rank(launched: Process, run: Path, moment: str) -> int:
