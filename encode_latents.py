@@ -33,6 +33,7 @@ from data.image_files import UnreadableImageError
 from data.latent_cache import DTYPES, CachedLatents, from_stored, plan, to_stored
 from data.latent_features import features_path, read_features_index, write_features_index
 from data.latent_index import (
+    KEYS,
     LABELS,
     VERSION,
     cache_index,
@@ -213,11 +214,13 @@ class Encoder:
         self.index["unreadable"] = [e for note in notes.values() for e in note["unreadable"]]
         if len(self.index["unreadable"]) == len(self.dataset):
             raise UserError(f"--data-path {self.args.data_path}: no image of it can be read")
-        with atomic_write(self.folder / LABELS) as temp:
-            save_array(temp, self.dataset.labels.numpy())
         checksums = {path.name: note["checksum"] for path, note in notes.items()}
-        labels = file_crc32(self.folder / LABELS)
-        self.index |= {"version": VERSION, "checksums": checksums | {LABELS: labels}}
+        columns = {LABELS: self.dataset.labels.numpy(), KEYS: self.dataset.keys()}
+        for name, column in columns.items():
+            with atomic_write(self.folder / name) as temp:
+                save_array(temp, column)
+            checksums[name] = file_crc32(self.folder / name)
+        self.index |= {"version": VERSION, "checksums": checksums}
         self.index["complete"] = True
         write_index(self.folder, self.index)
         for path in files:

@@ -32,7 +32,6 @@ from common.files import atomic_write, make_writable
 from common.flags import FlagParser, number, sampling_flags, sampling_options
 from data import ImageDataset, load_dataset
 from data.latent_cache import vae_identity
-from diffusion import Diffusion
 from evaluation.classifiers import EPOCHS, Classifier, load_classifier
 from evaluation.comparison import (
     Look,
@@ -54,6 +53,7 @@ from evaluation.features import (
 from evaluation.image_sets import FolderSet, ImageSet, NpzSet
 from evaluation.metrics import Statistics, compare
 from evaluation.sample_files import SampleFiles, read_object, write_object
+from sampling.loss import generator, loss_on_images
 from sampling.opening import drawing_flags, drawing_options, open_run
 
 LOSS_IMAGES = 2000  # real images whose loss is measured, LOSS_DRAWS times each
@@ -215,7 +215,7 @@ class SampleRun:
     def draw(self, seed: int, first: int, stop: int) -> Tensor:
         """Draw samples first..stop-1 of a seed, (N, C, S, S) uint8 on the CPU."""
         config, y = self.opened.config, self.labels[first:stop]
-        generators = [_generator(seed, index) for index in range(first, first + len(y))]
+        generators = [generator(seed, index) for index in range(first, first + len(y))]
         shape = (config.in_channels, config.input_size, config.input_size)
         noise = torch.stack([torch.randn(shape, generator=one) for one in generators])
         latents = self.opened.diffusion.sample(
@@ -228,11 +228,6 @@ class SampleRun:
             generator=generators,
         )
         return ((self.opened.vae.decode(latents) + 1) * 127.5).round().to(torch.uint8).cpu()
-
-
-def _generator(*seeds: int) -> torch.Generator:
-    state = np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
 def draw_samples(samples: SampleRun, seed: int, out: Path) -> tuple[Path, float]:
@@ -275,34 +270,10 @@ def draw_samples(samples: SampleRun, seed: int, out: Path) -> tuple[Path, float]
     return files.npz, process.from_main(seconds)
 
 
-@torch.no_grad()
 def loss_of(samples: SampleRun, dataset: ImageDataset) -> float:
     """Return the objective's mean loss on real images, with the same times and noise every time."""
-    rt, opened, total = samples.rt, samples.opened, torch.zeros(2, dtype=torch.float64)
-    chosen = torch.randperm(len(dataset), generator=_generator(0))[:LOSS_IMAGES]
-    batches = [(d, part) for d in range(LOSS_DRAWS) for part in chosen.split(100)]
-    together = samples.args.expert_parallel is not None
-    for turn in process.turns(batches, rt, together=together):
-        d, part = turn or batches[0]
-        images, labels = dataset.__getitems__([(int(index), False) for index in part])
-        generator = _generator(1, d, int(part[0]))
-        latents = opened.vae.encode(images.to(rt.device))
-        t, noise = _times_and_noise(opened.diffusion, latents, generator)
-        out = opened.diffusion.training_loss(
-            lambda *inputs: (opened.model(*inputs), torch.zeros(())),
-            latents, labels.to(rt.device), t=t, noise=noise,
-        )  # fmt: skip
-        if turn is not None:
-            total += torch.stack([out.per_sample.sum().cpu(), torch.tensor(float(len(part)))])
-    total = process.sum_over_ranks(total.to(rt.device)).cpu()
-    return (total[0] / total[1]).item()
-
-
-def _times_and_noise(
-    diffusion: Diffusion, latents: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    t = diffusion.draw_t(latents, generator)
-    return t, torch.randn(latents.shape, generator=generator).to(latents.device)
+    opened, counts = samples.opened, {"num_images": LOSS_IMAGES, "num_draws": LOSS_DRAWS}
+    return loss_on_images(opened.model, opened.diffusion, dataset, opened.vae, samples.rt, **counts)
 
 
 # ------------------------------------------------------------------------------ main

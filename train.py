@@ -45,7 +45,6 @@ from training.muon import build_optimizer
 from training.optimization import learning_rate, set_learning_rate
 from training.parameters import load_optimizer, optimizer_state, saved_order
 from training.repa import Aligned, check_repa
-from training.reporter import draw_grid
 from training.resume import check_resumable, restore_rng
 from training.shares import open_shares, save_shares
 
@@ -213,9 +212,9 @@ class DdpTrainer:
         restore_rng(self.job, path, self.step, len(rng), rng.__getitem__)
         logging.info("resumed %s at step %d", path, self.step)
 
-    def draw(self) -> Path:
-        """Draw the sample grid of this step, every rank its part."""
-        return draw_grid(self.ema.model, self.job, self.step)
+    def averaged(self) -> AbstractContextManager[nn.Module]:
+        """Lend the model with averaged weights, in eval mode."""
+        return nullcontext(self.ema.model)
 
 
 class ExpertParallelTrainer(DdpTrainer):

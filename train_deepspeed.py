@@ -12,10 +12,11 @@ same command again continues where the run stopped, bit for bit on the same numb
 import argparse
 import logging
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from checkpoint.weights import average_kinds, average_name
 from common import process
@@ -35,7 +36,6 @@ from training.loop import (
 )
 from training.memory import memory_table
 from training.optimization import learning_rate, set_learning_rate
-from training.reporter import draw_grid
 from training.resume import restore_rng
 from training.shares import open_shares, save_shares
 from training.zero_config import engine_config, read_config, resolve_precision
@@ -155,10 +155,9 @@ class DeepSpeedTrainer:
         restore_rng(self.job, path, self.step, state["num_ranks"], checkpoint.rng)
         logging.info("resumed %s at step %d", path, self.step)
 
-    def draw(self) -> Path:
-        """Draw the sample grid of this step with the averaged weights, all ranks together."""
-        with self.engine.swapped(self.ema) as model:
-            return draw_grid(model, self.job, self.step)
+    def averaged(self) -> AbstractContextManager[nn.Module]:
+        """Lend the model with averaged weights, in eval mode, all ranks together."""
+        return self.engine.swapped(self.ema)
 
 
 def build_deepspeed_parser() -> FlagParser:

@@ -11,6 +11,8 @@ from torch import Tensor
 from common.errors import UserError
 from data.datasets import ImageDataset, TensorImages, load_dataset
 from data.image_files import read_square
+from data.latent_cache import CachedLatents, Data
+from data.latent_index import cache_index
 
 MAX_LISTED = 10  # class names in an error message
 
@@ -47,13 +49,48 @@ def open_with_classes(
     return dataset
 
 
-def numbers_by_name(dataset: ImageDataset, data_path: str, class_names: Sequence[str]) -> Tensor:
+def open_validation(
+    val_path: str, data: Data, data_path: str, fashion_mnist_root: str | None = None
+) -> ImageDataset:
+    """Open images, or their latents, that a run is judged by, with the class numbers of its own.
+
+    Args:
+        val_path: as `data_path`; "test" is the test split of digits or Fashion-MNIST.
+        data: that the run learns from.
+        data_path: of it.
+        fashion_mnist_root: folder of the four idx files.
+
+    Raises:
+        UserError: no such data, another size or autoencoder, or an unknown class.
+    """
+    if val_path == "test":
+        return load_dataset(data_path, split="test", fashion_mnist_root=fashion_mnist_root)
+    if cache_index(val_path) is None:
+        found = load_dataset(
+            val_path, image_size=data.dataset.image_size, fashion_mnist_root=fashion_mnist_root
+        )
+    else:
+        found = CachedLatents(Path(val_path))
+        found.check_vae(data.vae, data.vae_path)
+    if found.image_size != data.dataset.image_size:
+        raise UserError(
+            f"--val-path {val_path} has {found.image_size} pixels, --data-path "
+            f"{data.dataset.image_size}"
+        )
+    numbers = numbers_by_name(found, val_path, data.dataset.class_names, "--val-path")
+    found.labels = numbers[found.labels]
+    return found
+
+
+def numbers_by_name(
+    dataset: ImageDataset, data_path: str, class_names: Sequence[str], flag: str = "--data-path"
+) -> Tensor:
     """Return the checkpoint's number of each class of the data set, (num_classes,) int64."""
     if unknown := [name for name in dataset.class_names if name not in class_names]:
         known = ", ".join(map(repr, class_names[:MAX_LISTED]))
         known += ", …" if len(class_names) > MAX_LISTED else ""
         raise UserError(
-            f"--data-path {data_path} has the class {unknown[0]!r}, the checkpoint was trained "
+            f"{flag} {data_path} has the class {unknown[0]!r}, the checkpoint was trained "
             f"with {known}"
         )
     return torch.tensor([class_names.index(name) for name in dataset.class_names])

@@ -6,14 +6,15 @@ Shape letters: N batch, C channels, S image size, H W latent size, n samples in 
 """
 
 import contextlib
+import copy
 import gzip
 import hashlib
 import os
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -48,6 +49,8 @@ class ImageDataset(Dataset):
     Indexed by `(index, flip)`, so that every random choice is made by the batch sampler.
     """
 
+    in_memory = False  # then worker processes are of no use
+
     def __init__(
         self, labels: Tensor, class_names: list[str], channels: int, image_size: int, flip: bool
     ):
@@ -66,6 +69,7 @@ class ImageDataset(Dataset):
         self.labels, self.class_names = labels, class_names
         self.channels, self.image_size, self.flip = channels, image_size, flip
         self.broken: dict[int, str] = {}  # images met that can't be read, and why
+        self._part = ""  # digest of a part, see `select`
         if len(labels) == 0:
             raise UserError("--data-path: there are no images in it that can be read")
         low, high = int(labels.min()), int(labels.max())
@@ -79,7 +83,28 @@ class ImageDataset(Dataset):
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what tells this data from any other, in this order, as plain values."""
-        return {"num_images": len(self), "digest": self._digest()}
+        return {"num_images": len(self), "digest": self._part or self._digest()}
+
+    def keys(self) -> np.ndarray:
+        """Return a hash of each sample (n,) uint64, by its name or content and nothing else."""
+        raise NotImplementedError
+
+    def select(self, chosen: Tensor) -> Self:
+        """Return some of the samples as a data set, in this order.
+
+        Args:
+            chosen: (m,) int64, their numbers.
+        """
+        part = copy.copy(self)
+        whole = self.fingerprint()["digest"].encode()
+        part._part = hashlib.sha256(whole + chosen.numpy().tobytes()).hexdigest()[:32]
+        part.labels, part.broken = self.labels[chosen], {}
+        part._take(chosen)
+        return part
+
+    def _take(self, chosen: Tensor) -> None:
+        """Keep what belongs to some samples only, in a copy of this data set."""
+        raise NotImplementedError
 
     def _digest(self) -> str:
         """Return a hash of what the samples are, in their order."""
@@ -114,8 +139,34 @@ class ImageDataset(Dataset):
         return vae.encode(batch)
 
 
+def hash_all(contents: Iterable[bytes]) -> np.ndarray:
+    """Return the first 8 bytes of each content's SHA-256, (n,) uint64."""
+    digests = b"".join(hashlib.sha256(content).digest()[:8] for content in contents)
+    return np.frombuffer(digests, "<u8")
+
+
+def hold_out(dataset: ImageDataset, fraction: float) -> tuple[ImageDataset, ImageDataset]:
+    """Split a data set by its samples' keys: which part one is in never moves.
+
+    Returns:
+        Those to train on, and about `fraction` of all, held out.
+
+    Raises:
+        UserError: one of the two is empty.
+    """
+    held = torch.from_numpy(dataset.keys() < np.uint64(fraction * 2.0**64))
+    if held.all() or not held.any():
+        raise UserError(
+            f"--val-fraction {fraction:g} of {len(dataset)} images leaves {int(held.sum())} to "
+            "validate and the rest to train on: give another, or --val-path"
+        )
+    return dataset.select((~held).nonzero().flatten()), dataset.select(held.nonzero().flatten())
+
+
 class TensorImages(ImageDataset):
     """A small dataset held in memory as uint8."""
+
+    in_memory = True
 
     def __init__(self, pixels: Tensor, labels: Tensor, class_names: list[str], flip: bool):
         """Hold pixels (n, C, S, S) uint8 and labels (n,) int64."""
@@ -126,6 +177,13 @@ class TensorImages(ImageDataset):
         """Hash pixels and labels."""
         values = self._pixels.numpy().tobytes() + self.labels.numpy().tobytes()
         return hashlib.sha256(values).hexdigest()[:32]
+
+    def keys(self) -> np.ndarray:
+        """Hash each image's pixels."""
+        return hash_all(image.tobytes() for image in self._pixels.numpy())
+
+    def _take(self, chosen: Tensor) -> None:
+        self._pixels = self._pixels[chosen]
 
     def pixels(self, indices: Tensor) -> Tensor:
         """Return the (N, C, S, S) uint8 pixels of N samples."""
@@ -168,9 +226,18 @@ class FolderImages(ImageDataset):
 
     def _digest(self) -> str:
         """Hash the files' names, which begin with their class."""
+        return hashlib.sha256(os.fsencode("\n".join(self._names()))).hexdigest()[:32]
+
+    def _names(self) -> list[str]:
         start = len(str(self.root)) + 1
-        files = "\n".join(path[start:] for path in self.paths)
-        return hashlib.sha256(os.fsencode(files)).hexdigest()[:32]
+        return [path[start:] for path in self.paths]
+
+    def keys(self) -> np.ndarray:
+        """Hash each file's name, its class's folder included."""
+        return hash_all(map(os.fsencode, self._names()))
+
+    def _take(self, chosen: Tensor) -> None:
+        self.paths = [self.paths[i] for i in chosen.tolist()]
 
     def pixels(self, indices: Tensor) -> Tensor:
         """Return the (N, 3, S, S) uint8 pixels of N files.

@@ -2,6 +2,7 @@
 
     index.json      what the cache is of, see `plan`; "complete" once all is there
     labels.npy      (n,) int64, of all images, also those that could not be read
+    keys.npy        (n,) uint64, hashes of their names
     shard-00000.npy (shard_size, 2, M, C, H, W): image and its mirror; M = 2: mean and deviation,
                     scaled; M = 1: the latents of a deterministic autoencoder
 
@@ -30,6 +31,7 @@ from data.datasets import FolderImages, ImageDataset, Key, load_dataset
 from data.latent_features import CachedFeatures
 from data.latent_index import (
     FORMAT,
+    KEYS,
     LABELS,
     VERSION,
     cache_index,
@@ -109,7 +111,7 @@ class CachedLatents(ImageDataset):
             )
         self.folder, self.index = folder, index
         unreadable = [entry["index"] for entry in index["unreadable"]]
-        labels = self._read_labels()
+        labels = self._read_column(LABELS, np.int64)
         self.rows = np.delete(np.arange(len(labels)), unreadable)
         self._shards: dict[int, Tensor] = {}
         self.features: CachedFeatures | None = None  # set where a trainer wants them
@@ -126,20 +128,33 @@ class CachedLatents(ImageDataset):
             return files
         return hashlib.sha256(f"{files}{unreadable}".encode()).hexdigest()[:32]
 
-    def _read_labels(self) -> np.ndarray:
-        path = self.folder / LABELS
+    def keys(self) -> np.ndarray:
+        """Return the hashes of the images' names, as the image folder has them.
+
+        Raises:
+            UserError: the cache is of a version that did not keep them.
+        """
+        if KEYS not in self.index.get("checksums", {}):
+            raise UserError(f"--data-path {self.folder} has no names of its images: encode anew")
+        return self._read_column(KEYS, np.uint64)[self.rows]
+
+    def _take(self, chosen: Tensor) -> None:
+        self.rows = self.rows[chosen.numpy()]
+
+    def _read_column(self, name: str, kind: type) -> np.ndarray:
+        path = self.folder / name
         try:
-            labels = np.load(path)  # never with Python objects
+            column = np.load(path)  # never with Python objects
         except FileNotFoundError as error:
             raise FileError(f"--data-path {self.folder}: {path.name} is missing") from error
         except (ValueError, EOFError) as error:
             raise FileError(f"{path} is damaged: {error}") from error
-        if labels.shape != (self.index["num_images"],) or labels.dtype != np.int64:
+        if column.shape != (self.index["num_images"],) or column.dtype != kind:
             raise FileError(
-                f"{path} holds {labels.dtype} {labels.shape}, not int64 "
+                f"{path} holds {column.dtype} {column.shape}, not {kind.__name__} "
                 f"({self.index['num_images']},)"
             )
-        return labels
+        return column
 
     def _header(self, shard: int) -> ArrayHeader:
         """Make sure that a shard is there and as large as it should be; its values are not read."""

@@ -8,7 +8,8 @@ latent_shape     [C, H, W]; dtype; shard_size, images a shard
 num_moments      2, mean and deviation; 1 of a deterministic autoencoder; 2 before version 3
 latent_norm      {"mean": [C], "std": [C]} of all latents; none before version 3
 unreadable       [{"index": number of the image, "error": why}]
-checksums        {file: its CRC-32} of all shards and labels.npy; none before version 2
+checksums        {file: its CRC-32} of all shards, labels.npy and, since version 3, keys.npy; none
+                 before version 2
 complete         false until all is there
 """
 
@@ -22,7 +23,7 @@ from common.errors import FileError
 from common.files import atomic_write
 
 FORMAT, VERSION = "dit-moe latents", 3
-LABELS = "labels.npy"
+LABELS, KEYS = "labels.npy", "keys.npy"
 DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -133,8 +134,9 @@ def _check(index: dict[str, Any], file: Path) -> None:
         raise FileError(f"{file}: checksums is not an object of texts")
     # Every name must be one of ours, so that none such as "../x" is opened.
     names = {shard_path(Path(), shard).name for shard in range(min(num_shards(index), 10**6))}
-    if checksums and checksums.keys() != {*names, LABELS}:
-        different = sorted(checksums.keys() ^ {*names, LABELS})
+    expected = {*names, LABELS, *([KEYS] if index["version"] > 2 else [])}
+    if checksums and checksums.keys() != expected:
+        different = sorted(checksums.keys() ^ expected)
         raise FileError(f"{file}: checksums has, or lacks, {different[0]!r}")
 
 

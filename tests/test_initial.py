@@ -1,13 +1,17 @@
 """Fine-tuning: what a run takes from `--init-from`, what it draws anew, and what it trains."""
 
 import dataclasses
+import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import random_model, randomize, refusal, save_image_folder
-from launch import TINY_RUN, Process, torchrun
+from launch import REPO, TINY_RUN, Process, torchrun
 from torch.testing import assert_close
 
 from checkpoint.layouts import to_published
@@ -250,7 +254,10 @@ def test_zero_fine_tunes_a_frozen_run_on_two_ranks_and_its_checkpoint_is_whole(
     flags = tiny(
         tmp_path, "--freeze", "attn", "t_embedder", "--lr-scale", "router=0.1", "final_layer=2"
     )
-    flags += ["--init-from", path, "--deepspeed-config", f"config/zero{stage}.json"]
+    engine = tmp_path / "engine.json"
+    engine.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    flags += ["--val-fraction", "0.1", "--val-every", "2"]
+    flags += ["--init-from", path, "--deepspeed-config", str(engine)]
     for steps in ("2", "4"):
         command = torchrun("train_deepspeed.py", *flags, "--max-steps", steps)
         output = Process(command, tmp_path / "log").wait()
@@ -266,5 +273,11 @@ def test_zero_fine_tunes_a_frozen_run_on_two_ranks_and_its_checkpoint_is_whole(
     Process(torchrun("train.py", *words, "--max-steps", "4"), tmp_path / "log").wait()
     other = load_model(ddp / "run", ema=False).state_dict()
     assert_close(zero, other, rtol=1e-3, atol=2e-4)
-    said = refusal("train_deepspeed.py", *flags, "--freeze", "attn", "--max-steps", "6")
-    assert "--freeze: " in said and "attn t_embedder; give the same" in said
+    curves = [
+        [float(value) for value in re.findall(r"step \d: val/loss ([\d.]+)", log.read_text())]
+        for log in (tmp_path / "run" / "log.txt", ddp / "run" / "log.txt")
+    ]
+    assert len(curves[0]) == 2 and curves[0] == pytest.approx(curves[1], rel=1e-2)
+    command = [sys.executable, "train_deepspeed.py", *flags, "--freeze", "attn", "--max-steps", "6"]
+    ended = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert ended.returncode == 2 and "attn t_embedder; give the same" in ended.stderr

@@ -108,6 +108,7 @@ OTHER_RUN = {
     "flip": "True",
     "vae_path": "other/vae",
     "latent_norm": "channel",
+    "val_fraction": "0.1",
     "model": "DiT-Ti/4",
     "num_classes": "11",
     "class_dropout_prob": "0.2",
@@ -189,6 +190,8 @@ SAME_RUN = {
     "dry_run": "True",
     "init_strict": "True",
     "expert_parallel": "2",
+    "val_path": "test",
+    "val_every": "3",
 }
 BASE = {"data_path": "digits", "model": "DiT-Ti/2"}
 SEVERAL = ("adam_betas", "time_sampling")  # flags of several values

@@ -20,6 +20,7 @@ from routing import LoadCounter
 from train import DdpTrainer
 from training.flags import build_parser
 from training.job import prepare
+from training.reporter import draw_grid
 
 NUM_UPDATES = 5
 FLAGS = [
@@ -124,7 +125,7 @@ def grid_of_twelve_blocks(folder: Path) -> bytes:
     """Draw a grid and return its file, on the main process; elsewhere nothing."""
     flags = ("--model", "DiT-S/8", "--global-batch-size", "4", "--results-dir", str(folder))
     trainer = make_trainer(*flags)
-    path = trainer.draw()
+    path = draw_grid(trainer.ema.model, trainer.job, trainer.step)
     return path.read_bytes() if trainer.rt.is_main else b""
 
 

@@ -20,7 +20,12 @@ from training.optimization_flags import (
     add_stop_flags,
     add_tracker_flags,
 )
-from training.tuning_flags import add_latent_flags, add_rate_flags, add_start_flags
+from training.tuning_flags import (
+    add_latent_flags,
+    add_rate_flags,
+    add_start_flags,
+    add_validation_flags,
+)
 
 
 def build_parser(docstring: str | None) -> FlagParser:
@@ -33,7 +38,9 @@ def build_parser(docstring: str | None) -> FlagParser:
         help="YAML or JSON file of flags and their values, of config/recipes/ or the args.json of "
         "a run; what the command line says wins.",
     )
-    _add_data_flags(parser.group("Data"))
+    data = parser.group("Data")
+    _add_data_flags(data)
+    add_validation_flags(data)
     _add_model_flags(parser.group("Model"))
     moe = parser.group("MoE")
     _add_moe_flags(moe)

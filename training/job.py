@@ -20,6 +20,8 @@ from common import process
 from common.errors import UserError, blamed_on
 from common.process import Runtime
 from data import VAE, Data, ImageDataset, LatentNorm, Pixels, open_data
+from data.class_images import open_validation
+from data.datasets import hold_out
 from data.latent_cache import CachedLatents
 from data.latent_features import CachedFeatures
 from diffusion import OBJECTIVE_SETTINGS, Diffusion, create_diffusion
@@ -50,6 +52,7 @@ class Job(NamedTuple):
     num_parameters: tuple[int, int]  # total, activated
     start: list[str]  # lines that tell what of --init-from is taken
     encoder: Encoder | CachedFeatures | None = None  # of --repa
+    val: ImageDataset | None = None  # not learnt from
 
     @property
     def run_dir(self) -> Path:
@@ -83,6 +86,11 @@ def prepare(args: argparse.Namespace, *, meta: bool = False, precision: str | No
         skip_broken=args.skip_broken,
     )
     dataset, vae, vae_path = data
+    val = None
+    if args.val_fraction:
+        dataset, val = hold_out(dataset, args.val_fraction)
+    elif args.val_path:
+        val = open_validation(args.val_path, data, args.data_path, args.fashion_mnist_root)
     norm = find_norm(args, data)
     settings = resolve(args, rt, dataset, vae_path=vae_path, precision=precision, latent_norm=norm)
     if isinstance(vae, VAE):
@@ -115,7 +123,7 @@ def prepare(args: argparse.Namespace, *, meta: bool = False, precision: str | No
             dataset.features = encoder
         elif not args.dry_run:
             encoder = Encoder(settings.repa, grid, rt.device)
-    return Job(settings, rt, dataset, vae, diffusion, model, counts, start, encoder)
+    return Job(settings, rt, dataset, vae, diffusion, model, counts, start, encoder, val)
 
 
 def find_norm(args: argparse.Namespace, data: Data) -> LatentNorm | None:
@@ -195,7 +203,8 @@ def describe(job: Job) -> str:
     settings = {k: v for k, v in job.settings.to_dict().items() if k not in long}
     lines = [
         json.dumps(settings, indent=2, sort_keys=True),
-        f"data: {len(job.dataset):,} images, {job.dataset.num_classes} classes",
+        f"data: {len(job.dataset):,} images, {job.dataset.num_classes} classes"
+        + (f"; {len(job.val):,} more are held out" if job.val else ""),
         f"ranks: {job.rt.world_size} on {job.rt.device.type}",
         f"run folder: {job.run_dir}",
         f"parameters: {total:,} total, {activated:,} activated",

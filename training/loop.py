@@ -8,6 +8,7 @@ import argparse
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -20,13 +21,17 @@ from common import process
 from common.stopping import ON_PURPOSE, StopRequest, stop_name
 from data import make_loader
 from moe_ops import expert_matmuls
+from sampling.loss import loss_on_images
 from training.job import Job, describe, prepare
 from training.optimization import learning_rate
 from training.repa import Encoder
-from training.reporter import DivergedError, Reporter, grid_path, run_log
+from training.reporter import DivergedError, Reporter, draw_grid, grid_path, run_log
 from training.resume import find_resume
 
 Batch = tuple[Tensor, Tensor, dict[str, Any]]  # latents, labels, more arguments of training_loss
+
+
+VAL_IMAGES, VAL_DRAWS = 1000, 2  # of the curve val/loss: images, and times and noises of each
 
 
 class Trainer(Protocol):
@@ -51,8 +56,8 @@ class Trainer(Protocol):
     def resume(self, path: Path) -> None:
         """Continue from a checkpoint."""
 
-    def draw(self) -> Path:
-        """Draw the sample grid of this step, called on every rank; returns its file."""
+    def averaged(self) -> AbstractContextManager[nn.Module]:
+        """Lend the model with averaged weights, in eval mode; called, and used, on every rank."""
 
 
 # ------------------------------------------------------------------------------ one step
@@ -80,8 +85,7 @@ class MicroLoss(NamedTuple):
 def micro_loss(job: Job, model: nn.Module, batch: Batch) -> MicroLoss:
     """Run the objective on a micro-batch through the wrapped model."""
     latents, labels, given = batch
-    dtype = process.DTYPES[job.settings.precision]
-    with torch.autocast(job.rt.device.type, dtype, enabled=dtype != torch.float32):
+    with autocast(job):
         out = job.diffusion.training_loss(model, latents, labels, **given)
     total = out.per_sample.mean()
     parts = {"loss": total.detach()}
@@ -92,6 +96,12 @@ def micro_loss(job: Job, model: nn.Module, batch: Batch) -> MicroLoss:
         total = total + getattr(job.settings, f"{name}_weight") * aux_loss
         parts[name] = aux_loss.detach() / (1 if kind == "repa" else num_layers)
     return MicroLoss(total, parts)
+
+
+def autocast(job: Job) -> torch.autocast:
+    """Return the context of the run's precision."""
+    dtype = process.DTYPES[job.settings.precision]
+    return torch.autocast(job.rt.device.type, dtype, enabled=dtype != torch.float32)
 
 
 def mean_losses(losses: list[MicroLoss]) -> dict[str, Tensor]:
@@ -234,6 +244,8 @@ def fit(trainer: Trainer, deadline: float | None = None) -> int:
                 reporter.log(step, learning_rate(settings, step))
             if grid_is_due(trainer) and not stopped_by:
                 draw(trainer, reporter)
+            if not stopped_by:
+                judge(trainer, reporter)
         if stopped_by and trainer.step > saved:
             save(trainer, reporter)
     if stopped_by:
@@ -268,10 +280,28 @@ def grid_is_due(trainer: Trainer) -> bool:
     )
 
 
+@contextmanager
+def lent(trainer: Trainer, reporter: Reporter, phase: str) -> Iterator[nn.Module]:
+    """Lend the averaged model for a phase that leaves no trace in the curves of the load."""
+    with reporter.phases.during(phase), reporter.counts_kept(), trainer.averaged() as model:
+        yield model
+
+
 def draw(trainer: Trainer, reporter: Reporter) -> None:
-    """Draw a grid that leaves no trace in the curves of the load."""
-    counts = reporter.counter.counts.clone()  # a trainer may draw with the counted model
-    with reporter.phases.during("draw"):
-        path = trainer.draw()
+    """Draw a grid with the averaged weights."""
+    with lent(trainer, reporter, "draw") as model:
+        path = draw_grid(model, trainer.job, trainer.step)
     reporter.show_grid(path, trainer.step)
-    reporter.counter.counts.copy_(counts)
+
+
+def judge(trainer: Trainer, reporter: Reporter) -> None:
+    """Measure what is due after the step just done: the loss on images that are not learnt from."""
+    step, job = trainer.step, trainer.job
+    last = step == job.settings.max_steps
+    if job.val is not None and (step % job.settings.val_every == 0 or last):
+        with lent(trainer, reporter, "validate") as model, autocast(job):
+            loss = loss_on_images(
+                model, job.diffusion, job.val, job.vae, job.rt,
+                num_images=VAL_IMAGES, num_draws=VAL_DRAWS,
+            )  # fmt: skip
+        reporter.show({"val/loss": loss}, step)

@@ -215,6 +215,20 @@ class Reporter:
         self.bar.set_postfix(text)
         logging.info("step %d: %s", step, ", ".join(f"{k} {v}" for k, v in text.items()))
 
+    @contextmanager
+    def counts_kept(self) -> Iterator[None]:
+        """Leave no trace in the curves of the load: a trainer may lend the counted model."""
+        counts = self.counter.counts.clone()
+        yield
+        self.counter.counts.copy_(counts)
+
+    def show(self, scalars: dict[str, float], step: int) -> None:
+        """Write points of other curves, and log them."""
+        if self.rt.is_main:
+            self._write(lambda tracker: tracker.scalars(scalars, step))
+            text = ", ".join(f"{name} {value:.4g}" for name, value in scalars.items())
+            logging.info("step %d: %s", step, text)
+
     def show_grid(self, path: Path, step: int) -> None:
         """Put a sample grid, where it is there, beside the curves."""
         if self.rt.is_main and path.exists():

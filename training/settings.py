@@ -18,8 +18,7 @@ from checkpoint.weights import open_weights
 from common import process
 from common.errors import FileError, UserError, blamed_on
 from common.process import Runtime
-from data import FolderImages, ImageDataset, LatentNorm
-from data.latent_cache import CachedLatents
+from data import ImageDataset, LatentNorm
 from diffusion import OBJECTIVE_SETTINGS, create_diffusion
 from training.flags import build_parser
 
@@ -66,6 +65,9 @@ class TrainSettings:
     num_workers: int
     class_names: list[str]
     data_fingerprint: dict[str, Any]  # see `ImageDataset.fingerprint`
+    val_path: str | None = None
+    val_fraction: float = 0.0
+    val_every: int = 1000
 
     # model
     model: str
@@ -186,6 +188,10 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--repa: train.py has it, without --compile and cut experts")
     if args.optimizer == "muon" and cut:
         raise UserError("--optimizer muon needs whole matrices: take train.py, without cut experts")
+    if args.val_path and args.val_fraction:
+        raise UserError("--val-path and --val-fraction: give one of them")
+    if args.val_path == "test" and args.data_path not in FITTING_SIZES:
+        raise UserError(f"--val-path test: --data-path {args.data_path} has no test split")
     run_dir = Path(args.results_dir) / (args.run_name or default_run_name(args))
     known = args.resume in ("auto", "never") or Path(args.resume).exists()
     if not known and not run_dir.exists():  # else the run may have gone on without that file
@@ -280,7 +286,7 @@ def resolve(
             f"--num-classes {num_classes} is less than the {dataset.num_classes} classes of "
             f"--data-path {args.data_path}"
         )
-    num_workers = 4 if isinstance(dataset, FolderImages | CachedLatents) else 0
+    num_workers = 0 if dataset.in_memory else 4
     limits = [args.epochs * max(len(dataset) // args.global_batch_size, 1), args.max_steps]
     max_steps = min(limit for limit in limits if limit is not None)
     fields = {field.name for field in dataclasses.fields(TrainSettings)}
@@ -364,6 +370,7 @@ NAMED_FLAGS = {
     "image_size": "px",
     "flip": "flip",
     "latent_norm": "norm",
+    "val_fraction": "val",
     "num_classes": "classes",
     "class_dropout_prob": "drop",
     "qk_norm": "qknorm",

@@ -1,4 +1,4 @@
-"""Flags of fine-tuning, which both trainers have: what a run starts from, and what it changes."""
+"""Flags of both trainers: what a run starts from and changes, how it is judged on its way."""
 
 import argparse
 
@@ -57,4 +57,28 @@ def add_rate_flags(train: FlagGroup) -> None:
         metavar="PATTERN=FACTOR",
         help="Factors of --lr for parameters by a part of their names, such as router=0.1; * is "
         "any text, and the last that fits counts.",
+    )
+
+
+def add_validation_flags(data: FlagGroup) -> None:
+    """Add the images that are not learnt from."""
+    data.add(
+        "--val-path",
+        metavar="DATA",
+        help="Other images of the same classes, or a cache of them, whose loss becomes a curve; "
+        "test is the test split of digits and fashion-mnist.",
+    )
+    data.add(
+        "--val-fraction",
+        type=number(float, 0, 0.9),
+        default=0.0,
+        metavar="SHARE",
+        help="Share of --data-path to hold out for that instead, chosen by the files' names.",
+    )
+    data.add(
+        "--val-every",
+        type=number(int, 1),
+        default=1000,
+        metavar="STEPS",
+        help="Optimizer steps between two points of the curve val/loss, of the averaged weights.",
     )
