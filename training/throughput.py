@@ -22,7 +22,7 @@ PEAK_RATES = {
     "L40S": 362e12,
     "RTX 4090": 165e12,
 }
-PHASES = ("data", "step", "save", "draw")
+PHASES = ("data", "step", "save", "draw", "validate")
 
 
 def forward_macs(config: DiTConfig) -> tuple[int, int]:
