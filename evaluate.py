@@ -32,9 +32,10 @@ from common.files import atomic_write, make_writable
 from common.flags import FlagParser, number, sampling_flags, sampling_options
 from data import ImageDataset, load_dataset
 from data.latent_cache import vae_identity
-from evaluation.classifiers import EPOCHS, Classifier, load_classifier
+from evaluation.classifiers import EPOCHS, load_classifier
 from evaluation.comparison import (
     Look,
+    Witness,
     check_enough,
     check_source,
     classified_right,
@@ -44,13 +45,21 @@ from evaluation.comparison import (
     open_images,
     reference_statistics,
 )
+from evaluation.encoders import (
+    DEFAULT_BACKBONE,
+    PREFIX,
+    ReaderResult,
+    TimmExtractor,
+    open_encoder,
+    train_reader,
+)
 from evaluation.features import (
     ClassifierExtractor,
     Extractor,
     InceptionExtractor,
     find_inception_weights,
 )
-from evaluation.image_sets import FolderSet, ImageSet, NpzSet
+from evaluation.image_sets import DatasetSet, FolderSet, ImageSet, NpzSet
 from evaluation.metrics import Statistics, compare
 from evaluation.sample_files import SampleFiles, read_object, write_object
 from sampling.loss import generator, loss_on_images
@@ -117,8 +126,17 @@ def _reference_flags(parser: FlagParser) -> None:
     )
     real.add(
         "--features",
-        choices=["inception", "classifier"],
-        help="Network whose features are compared. Default: by the data.",
+        type=features_flag,
+        metavar="NETWORK",
+        help="Network whose features are compared: inception, timm:NAME or timm:NAME:FILE for any "
+        "encoder of timm, or classifier, trained on the reference. Default: classifier for "
+        "digits and fashion-mnist, else inception.",
+    )
+    real.add(
+        "--backbone",
+        default=DEFAULT_BACKBONE,
+        metavar="timm:NAME",
+        help="Encoder of timm that --features classifier reads other data with.",
     )
     real.add("--inception-weights", help="File of torch-fidelity. Default: it is downloaded.")
     real.add(
@@ -126,6 +144,13 @@ def _reference_flags(parser: FlagParser) -> None:
         default="results/references",
         help="Folder of trained classifiers and of the statistics of references.",
     )
+
+
+def features_flag(text: str) -> str:
+    """Check the value of `--features`."""
+    if text not in ("inception", "classifier") and not text.startswith(PREFIX):
+        raise argparse.ArgumentTypeError(f"{text} is not inception, classifier or {PREFIX}NAME")
+    return text
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -311,28 +336,66 @@ def default_out(args: argparse.Namespace, samples: SampleRun | None) -> str:
     return f"results/evaluation/{samples.name}-{name}-{args.num_samples}"
 
 
-def load_witness(args: argparse.Namespace, rt: process.Runtime) -> Classifier | None:
-    """Return the classifier of a data set by name, trained if it must be; None for other data."""
-    if args.reference not in EPOCHS:
+def load_witness(
+    args: argparse.Namespace, reference: ImageSet, rt: process.Runtime
+) -> Witness | None:
+    """Return what reads samples, trained if it must be: a data set's own classifier, or a reader.
+
+    None where other features are compared.
+
+    Raises:
+        UserError: `--features classifier`, and the reference tells no classes.
+    """
+    named = args.reference in EPOCHS
+    args.features = args.features or features_for(args.reference)
+    if args.features != "classifier" and not named:
         return None
     cache = process.call_on_main(make_writable, args.cache, "--cache")
-    witness: Classifier = process.call_on_main(
-        load_classifier, args.reference, cache, args.fashion_mnist_root
-    )
+    if named:
+        witness: Witness = process.call_on_main(
+            load_classifier, args.reference, cache, args.fashion_mnist_root
+        )
+    else:
+        if not isinstance(reference, DatasetSet):
+            raise UserError(f"--features classifier: {args.reference} tells no classes")
+        encoder = open_encoder(args.backbone, rt.device)
+        source = describe_source(args.reference, args.fashion_mnist_root)
+        train = (reference.dataset, encoder, rt.device, cache, source)
+        if rt.is_main:  # the others find it
+            train_reader(*train)
+        process.barrier()
+        witness = train_reader(*train)
     witness.model.to(rt.device)
     return witness
 
 
 def load_extractor(
-    args: argparse.Namespace, witness: Classifier | None, rt: process.Runtime
+    args: argparse.Namespace, witness: Witness | None, rt: process.Runtime
 ) -> Extractor:
     """Return the network whose features are compared, by `--features`."""
-    args.features = args.features or features_for(args.reference)
     if args.features == "inception":
         return InceptionExtractor(args.inception_weights, rt.device)
-    if witness is None:
-        raise UserError(f"--features classifier: none for {args.reference}, only {[*EPOCHS]}")
+    if args.features.startswith(PREFIX):
+        return TimmExtractor(open_encoder(args.features, rt.device), rt.device)
+    assert witness is not None
+    if isinstance(witness, ReaderResult):
+        return TimmExtractor(witness.model.encoder, rt.device, witness.model)
     return ClassifierExtractor(witness, args.reference, rt.device)
+
+
+def labels_to_read(samples: SampleRun, reference: ImageSet) -> Tensor:
+    """Return the number that the reference has for the class of each sample, (n,).
+
+    Raises:
+        UserError: the reference lacks a class of the checkpoint.
+    """
+    names = samples.opened.class_names
+    known = reference.dataset.class_names if isinstance(reference, DatasetSet) else names
+    if not names or not known or known == names:
+        return samples.labels
+    if lost := [name for name in names if name not in known]:
+        raise UserError(f"--reference: it has no class {lost[0]!r}, which the checkpoint draws")
+    return torch.tensor([known.index(name) for name in names])[samples.labels]
 
 
 class Judged(NamedTuple):
@@ -400,7 +463,7 @@ def measure(
     real: Statistics | None,
     look: Look,
     labels: Tensor | None = None,
-    witness: Classifier | None = None,
+    witness: Witness | None = None,
 ) -> dict[str, float]:
     """Compare a set with real images; the values are the main rank's.
 
@@ -422,13 +485,13 @@ def measure(
 
 
 def facts_of(
-    args: argparse.Namespace, samples: SampleRun | None, witness: Classifier | None
+    args: argparse.Namespace, samples: SampleRun | None, witness: Witness | None
 ) -> dict[str, float]:
     """Return what is worth knowing besides the values of each seed."""
     if witness is None:
         return {}
     facts = {"real test images read right": witness.accuracy}
-    if samples:
+    if samples and args.reference in EPOCHS:
         root = args.fashion_mnist_root
         test = load_dataset(args.reference, split="test", fashion_mnist_root=root)
         facts["loss on test images"] = loss_of(samples, test)
@@ -443,11 +506,11 @@ def main(args: argparse.Namespace) -> None:
     samples = SampleRun(args, rt) if args.ckpt else None
     reference, others = open_real(args, samples.opened.settings if samples else {})
     out = open_out(args, samples)
-    witness = load_witness(args, rt)
+    witness = load_witness(args, reference, rt)
     look = Look(load_extractor(args, witness, rt), args.batch_size, rt)
 
     judged = draw_seeds(samples, out) if samples else judged
-    labels = samples.labels if samples else None
+    labels = labels_to_read(samples, reference) if samples and witness else None
     source = describe_source(args.reference, args.fashion_mnist_root)
     real = reference_statistics(reference, look, source=source, cache=Path(args.cache))
     values = {one.name: measure(one, real, look, labels, witness) for one in judged}

@@ -19,6 +19,7 @@ from common.errors import FileError, UserError
 from data import load_dataset
 from data.latent_index import cache_index
 from evaluation.classifiers import EPOCHS, Classifier, predict
+from evaluation.encoders import ReaderResult
 from evaluation.features import Extractor
 from evaluation.image_sets import DatasetSet, ImageSet, NpzSet, Spread
 from evaluation.metrics import Statistics, StatisticsBuilder, frechet_distance, read_moments
@@ -75,6 +76,9 @@ def check_enough(images: ImageSet) -> None:
     """
     if len(images) < MIN_IMAGES:
         raise UserError(f"{images.name} has {len(images)} image; at least {MIN_IMAGES} are needed")
+
+
+Witness = Classifier | ReaderResult
 
 
 class Look(NamedTuple):
@@ -169,7 +173,7 @@ def floor_distance(
     return {f"{name} of {found.count} other real images": frechet_distance(found.pool, real.pool)}
 
 
-def classified_right(classifier: Classifier, images: ImageSet, labels: Tensor, look: Look) -> float:
+def classified_right(classifier: Witness, images: ImageSet, labels: Tensor, look: Look) -> float:
     """Return the share of samples that a classifier reads as the class they were asked for."""
     device = look.rt.device
     right = torch.zeros((), dtype=torch.float64, device=device)

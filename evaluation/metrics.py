@@ -189,11 +189,11 @@ def compare(samples: Statistics, real: Statistics, name: str) -> dict[str, float
     fid, sfid, isc = ("FID", "sFID", "IS")
     if name:
         fid, sfid, isc = f"FD ({name})", f"sFD ({name})", f"IS ({name})"
-    values = {
-        fid: frechet_distance(samples.pool, real.pool),
-        sfid: frechet_distance(samples.spatial, real.spatial),
-        isc: isc_features_to_metric(samples.logits)[KEY_METRIC_ISC_MEAN],
-    }
+    values = {fid: frechet_distance(samples.pool, real.pool)}
+    if len(samples.spatial["mu"]):  # not every extractor has features with positions, and classes
+        values[sfid] = frechet_distance(samples.spatial, real.spatial)
+    if samples.logits.shape[1]:
+        values[isc] = isc_features_to_metric(samples.logits)[KEY_METRIC_ISC_MEAN]
     if min(len(samples.rows), len(real.rows)) > NEIGHBOURS:
         found = prc_features_to_metric(
             samples.rows,
