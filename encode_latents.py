@@ -28,7 +28,8 @@ from common.errors import UserError, one_line_errors, printable
 from common.files import atomic_write, file_crc32
 from common.flags import FlagParser, dtype_flag, number
 from common.quiet import silence_worker_count
-from data import VAE, FolderImages, load_dataset, load_vae
+from data import VAE, ImageDataset, load_dataset, load_vae
+from data.datasets import CONTAINERS
 from data.image_files import UnreadableImageError
 from data.latent_cache import DTYPES, CachedLatents, from_stored, plan, to_stored
 from data.latent_features import features_path, read_features_index, write_features_index
@@ -61,7 +62,11 @@ def build_parser() -> FlagParser:
     """Return the parser of this script's flags."""
     parser = FlagParser(__doc__)
     data = parser.group("Data")
-    data.add("--data-path", required=True, help="Image folder with one subfolder a class.")
+    data.add(
+        "--data-path",
+        required=True,
+        help="Image folder with one subfolder a class, tar:SHARDS or hf:NAME.",
+    )
     data.add(
         "--image-size",
         type=number(int, 8, 8192),
@@ -117,7 +122,7 @@ def build_parser() -> FlagParser:
 class _Readable(Dataset):
     """The images of a folder in uint8, and for a file that can't be read its error instead."""
 
-    def __init__(self, dataset: FolderImages) -> None:
+    def __init__(self, dataset: ImageDataset) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
@@ -153,7 +158,7 @@ class Encoder:
     def __init__(
         self,
         args: argparse.Namespace,
-        dataset: FolderImages,
+        dataset: ImageDataset,
         vae: VAE,
         index: dict[str, Any],
         rt: process.Runtime,
@@ -339,13 +344,15 @@ def open_index(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
 def encode(args: argparse.Namespace, rt: process.Runtime) -> str:
     """Make or continue the cache; returns what the main rank prints."""
     folder = Path(args.out)
-    if not Path(args.data_path).is_dir() or cache_index(args.data_path) is not None:
+    contained = args.data_path.startswith(CONTAINERS)
+    if not contained and (
+        not Path(args.data_path).is_dir() or cache_index(args.data_path) is not None
+    ):
         raise UserError(f"--data-path {args.data_path} is not an image folder")
     check_out(folder)
     if args.features:
         repa.split_name(args.features, "--features")
     dataset = load_dataset(args.data_path, image_size=args.image_size)
-    assert isinstance(dataset, FolderImages)
     vae = load_vae(args.vae_path, device=rt.device)
     if not isinstance(vae, VAE):
         raise UserError("--vae-path none: pixels need no cache")

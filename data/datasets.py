@@ -36,9 +36,10 @@ FASHION_MNIST_CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
                          "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 # fmt: on
 ACCEPTED_DATA = (
-    "It accepts 'digits', 'fashion-mnist', a folder with one subfolder of images per class, or "
-    "what encode_latents.py made of one"
+    "It accepts 'digits', 'fashion-mnist', a folder with one subfolder of images per class, "
+    "tar:SHARDS, hf:NAME, or what encode_latents.py made of one"
 )
+CONTAINERS = ("hf:", "tar:")  # what a path may begin with; see data/collections.py
 DIGITS_NUM_TEST = 300
 MAX_BROKEN_IN_A_ROW = 1000  # more, and it is not single files that are broken
 
@@ -315,6 +316,10 @@ def load_dataset(
         if (index := cache_index(name)) is not None:
             name, image_size = index["data_path"], image_size or index["image_size"]
             unreadable = [entry["index"] for entry in index["unreadable"]]
+        if name.startswith(CONTAINERS):
+            dataset = _open_container(name, image_size or 256, flip is not False)
+            good = sorted(set(range(len(dataset))) - set(unreadable))
+            return dataset.select(torch.tensor(good)) if unreadable else dataset
         if not Path(name).is_dir():
             raise UserError(f"--data-path {name} is not a folder. {ACCEPTED_DATA}")
         return FolderImages(
@@ -329,6 +334,18 @@ def load_dataset(
     if image_size not in (None, dataset.image_size):
         raise UserError(f"--image-size {image_size}: {name} has {dataset.image_size} pixels")
     return dataset
+
+
+def _open_container(name: str, image_size: int, flip: bool) -> ImageDataset:
+    """Open the images that a path with a prefix of `CONTAINERS` means."""
+    from data.collections import HubImages, TarImages  # they are data sets themselves
+
+    kind, _, place = name.partition(":")
+    if kind == "hf":
+        return HubImages(place, image_size, flip)
+    if not Path(place).exists():
+        raise UserError(f"--data-path {name}: no such file or folder")
+    return TarImages(Path(place), image_size, flip)
 
 
 def _load_digits(split: str, flip: bool) -> TensorImages:

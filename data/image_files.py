@@ -3,6 +3,7 @@
 Only regular files are images, and each folder is entered once however many links lead to it.
 """
 
+import io
 import os
 import stat
 import warnings
@@ -101,21 +102,25 @@ def read_image(path: str | Path) -> Image.Image:
         FileError: it can't be opened.
     """
     with _open(path) as image:
-        try:
-            if image.mode.startswith("I;16") or (image.mode == "I" and image.format != "TIFF"):
-                levels = np.asarray(image).astype(np.uint32)
-                return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
-            if image.mode in ("I", "F"):
-                kind = "32-bit integers" if image.mode == "I" else "floating point numbers"
-                raise UnreadableImageError(
-                    f"cannot read the image file {path}: its pixels are {kind}, whose white is "
-                    "unknown; save it with 8 or 16 bits"
-                )
-            return image.convert("RGB")
-        except UnreadableImageError:
-            raise
-        except Exception as error:  # PIL raises many types for a broken file
-            raise _told(path, error) from error
+        return _to_rgb(image, path)
+
+
+def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
+    try:
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format != "TIFF"):
+            levels = np.asarray(image).astype(np.uint32)
+            return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
+        if image.mode in ("I", "F"):
+            kind = "32-bit integers" if image.mode == "I" else "floating point numbers"
+            raise UnreadableImageError(
+                f"cannot read the image file {path}: its pixels are {kind}, whose white is "
+                "unknown; save it with 8 or 16 bits"
+            )
+        return image.convert("RGB")
+    except UnreadableImageError:
+        raise
+    except Exception as error:  # PIL raises many types for a broken file
+        raise _told(path, error) from error
 
 
 def size_of(path: str | Path) -> tuple[int, int]:
@@ -127,15 +132,15 @@ def size_of(path: str | Path) -> tuple[int, int]:
         return image.size
 
 
-def _open(path: str | Path) -> Image.Image:
-    """Read the header of a file; refuse what would hang or fill the memory."""
+def _open(path: str | Path, content: bytes | None = None) -> Image.Image:
+    """Read the header of a file, or its content; refuse what would hang or fill the memory."""
     try:
-        regular = stat.S_ISREG(os.stat(path).st_mode)
+        regular = content is not None or stat.S_ISREG(os.stat(path).st_mode)
         if not regular:
             raise UnreadableImageError(f"cannot read the image file {path}: not a regular file")
         with warnings.catch_warnings():  # PIL's about large images: these are refused below
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=FORMATS)
+            image = Image.open(path if content is None else io.BytesIO(content), formats=FORMATS)
     except UnreadableImageError:
         raise
     except Image.UnidentifiedImageError as error:
@@ -180,7 +185,16 @@ def read_square(path: str | Path, image_size: int) -> np.ndarray:
 
     Raises: as `read_image`.
     """
-    image = read_image(path)
+    return _square(read_image(path), path, image_size)
+
+
+def square_of_bytes(content: bytes, name: str, image_size: int) -> np.ndarray:
+    """Return what `read_square` returns of a file with this content; `name` is for messages."""
+    with _open(name, content) as image:
+        return _square(_to_rgb(image, name), name, image_size)
+
+
+def _square(image: Image.Image, path: str | Path, image_size: int) -> np.ndarray:
     if image_size**2 * max(image.size) > MAX_PIXELS * min(image.size):
         raise UnreadableImageError(
             f"cannot read the image file {path}: {image.width} x {image.height} pixels are too "

@@ -27,7 +27,7 @@ from common.arrays import ArrayHeader, array_header
 from common.errors import FileError, UserError
 from common.files import verify_file
 from data.autoencoders import VAE, LatentNorm, Pixels, draw_latents, load_vae, vae_identity
-from data.datasets import FolderImages, ImageDataset, Key, load_dataset
+from data.datasets import ImageDataset, Key, load_dataset
 from data.latent_features import CachedFeatures
 from data.latent_index import (
     FORMAT,
@@ -50,14 +50,14 @@ DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"  # of images
 
 
 def plan(
-    dataset: FolderImages, vae: VAE, *, data_path: str, vae_path: str, dtype: str, shard_size: int
+    dataset: ImageDataset, vae: VAE, *, data_path: str, vae_path: str, dtype: str, shard_size: int
 ) -> dict[str, Any]:
     """Return the index of a cache before its first image."""
     side = dataset.image_size // vae.downsample
     return {
         "format": FORMAT,
         "version": VERSION,
-        "data_path": str(Path(data_path).resolve()),
+        "data_path": whole_path(data_path),
         "files": dataset.fingerprint()["digest"],
         "num_images": len(dataset),
         "image_size": dataset.image_size,
@@ -74,6 +74,14 @@ def plan(
         "unreadable": [],
         "checksums": {},
     }
+
+
+def whole_path(data_path: str) -> str:
+    """Return what a path means wherever the command runs; a hub id as it is."""
+    if data_path.startswith("hf:"):
+        return data_path
+    prefix = "tar:" if data_path.startswith("tar:") else ""
+    return prefix + str(Path(data_path.removeprefix(prefix)).resolve())
 
 
 def to_stored(moments: Tensor, dtype: str) -> np.ndarray:
@@ -286,7 +294,7 @@ def open_data(
             flip=flip,
             skip_broken=skip_broken,
         )
-        folder = isinstance(dataset, FolderImages)
+        folder = not dataset.in_memory
         vae_path = vae_path or (DEFAULT_VAE if folder else "none")
         return Data(dataset, load_vae(vae_path, device=device), vae_path)
     cache = CachedLatents(Path(data_path), flip=flip is not False)

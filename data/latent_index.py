@@ -36,7 +36,10 @@ def _count(value: Any) -> bool:
 
 
 def _place(value: Any) -> bool:
-    return _text(value) and Path(value).is_absolute() and ".." not in Path(value).parts
+    if _text(value) and value.startswith("hf:"):
+        return True
+    path = Path(value.removeprefix("tar:")) if _text(value) else Path()
+    return path.is_absolute() and ".." not in path.parts
 
 
 def _list_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:

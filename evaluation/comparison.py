@@ -17,6 +17,7 @@ from tqdm import tqdm
 from common import process
 from common.errors import FileError, UserError
 from data import load_dataset
+from data.datasets import CONTAINERS
 from data.latent_index import cache_index
 from evaluation.classifiers import EPOCHS, Classifier, predict
 from evaluation.encoders import ReaderResult
@@ -34,6 +35,7 @@ def check_source(path: str, flag: str) -> None:
         UserError: naming the flag, if they can't.
     """
     found = Path(path).is_file() if path.endswith(".npz") else Path(path).is_dir()
+    found = found or path.startswith(CONTAINERS)  # looked for when they are opened
     if not found and path not in EPOCHS:
         raise UserError(f"{flag} {path}: not a folder, an .npz, or one of {', '.join(EPOCHS)}")
 
@@ -154,7 +156,10 @@ def describe_source(path: str, fashion_mnist_root: str | None = None) -> str:
     if path in EPOCHS:
         return f"{path} {fashion_mnist_root}" if fashion_mnist_root else path
     index = cache_index(path)
-    root = Path(index["data_path"] if index else path)
+    path = index["data_path"] if index else path
+    if path.startswith("hf:"):
+        return path
+    root = Path(path.removeprefix("tar:"))
     ages = [entry.stat().st_mtime_ns for entry in (root, *root.glob("*/")) if entry.exists()]
     return f"{root.resolve()} {max(ages)} {root.stat().st_size}"
 

@@ -66,7 +66,8 @@ def _add_data_flags(data: FlagGroup) -> None:
         "--data-path",
         required=True,
         metavar="DATA",
-        help="What to train on: a folder with one subfolder of images per class, what "
+        help="What to train on: a folder with one subfolder of images per class, tar:SHARDS, "
+        "hf:NAME?split=train&image=image&label=label of Hugging Face's datasets, what "
         "encode_latents.py made of one, or the embedded sets digits and fashion-mnist.",
     )
     data.add(
