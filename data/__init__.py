@@ -1,11 +1,12 @@
 """Pixels to latents: data sets, the stateless training stream, autoencoders, latent caches.
 
-In the order data flows: `image_files` (which files are images), `datasets`, `stream` (which samples
+In the order data flows: `image_files` (which files are images), `datasets`, `collections`, `stream` (which samples
 come when), `autoencoders`, `latent_cache` (encoded images, and `open_data`, all that a run learns
 from in one call) and `latent_index` (what a cache is of). Knows `common` only.
 """
 
 from data.autoencoders import VAE, LatentNorm, Pixels, draw_latents, load_vae, vae_identity
+from data.collections import HubImages, TarImages
 from data.datasets import FolderImages, ImageDataset, Key, TensorImages, load_dataset
 from data.latent_cache import CachedLatents, Data, open_data
 from data.latent_index import cache_index
@@ -16,10 +17,12 @@ __all__ = [
     "CachedLatents",
     "Data",
     "FolderImages",
+    "HubImages",
     "ImageDataset",
     "Key",
     "LatentNorm",
     "Pixels",
+    "TarImages",
     "TensorImages",
     "TrainBatches",
     "TrainLoader",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from common.errors import FileError, UserError
-from data.datasets import ImageDataset, hash_all
+from data.datasets import OPENERS, ImageDataset, hash_all
 from data.image_files import EXTENSIONS, square_of_bytes
 
 
@@ -178,3 +178,12 @@ class HubImages(ImageDataset):
                 content = file.read()
         array = square_of_bytes(content, f"row {row} of hf:{self.text}", self.image_size)
         return torch.from_numpy(array).permute(2, 0, 1)
+
+
+def _open_tars(place: str, image_size: int, flip: bool) -> TarImages:
+    if not Path(place).exists():
+        raise UserError(f"--data-path tar:{place}: no such file or folder")
+    return TarImages(Path(place), image_size, flip)
+
+
+OPENERS |= {"tar:": _open_tars, "hf:": HubImages}

@@ -12,7 +12,7 @@ import hashlib
 import os
 import tempfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -39,7 +39,8 @@ ACCEPTED_DATA = (
     "It accepts 'digits', 'fashion-mnist', a folder with one subfolder of images per class, "
     "tar:SHARDS, hf:NAME, or what encode_latents.py made of one"
 )
-CONTAINERS = ("hf:", "tar:")  # what a path may begin with; see data/collections.py
+CONTAINERS = ("hf:", "tar:")  # what a path may begin with
+OPENERS: dict[str, Callable[[str, int, bool], Any]] = {}  # of data/collections.py, by these
 DIGITS_NUM_TEST = 300
 MAX_BROKEN_IN_A_ROW = 1000  # more, and it is not single files that are broken
 
@@ -338,14 +339,8 @@ def load_dataset(
 
 def _open_container(name: str, image_size: int, flip: bool) -> ImageDataset:
     """Open the images that a path with a prefix of `CONTAINERS` means."""
-    from data.collections import HubImages, TarImages  # they are data sets themselves
-
     kind, _, place = name.partition(":")
-    if kind == "hf":
-        return HubImages(place, image_size, flip)
-    if not Path(place).exists():
-        raise UserError(f"--data-path {name}: no such file or folder")
-    return TarImages(Path(place), image_size, flip)
+    return OPENERS[f"{kind}:"](place, image_size, flip)
 
 
 def _load_digits(split: str, flip: bool) -> TensorImages:
