@@ -2,7 +2,8 @@
 
 In the order data flows: `image_files` (which files are images), `datasets` and `collections`,
 `stream` (which samples come when), `autoencoders`, `latent_cache` (encoded images, and `open_data`,
-all that a run learns from in one call) and `latent_index` (what a cache is of). Knows `common` only.
+all that a run learns from in one call) and `latent_index` (what a cache is of). Knows `common`
+only.
 """
 
 from data.autoencoders import VAE, LatentNorm, Pixels, draw_latents, load_vae, vae_identity
