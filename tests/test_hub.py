@@ -1,13 +1,10 @@
-"""Layouts convert into each other without a loss; a pipeline folder draws what sample.py does."""
+"""Layouts convert into each other without a loss, and the hub reads what we write."""
 
 import argparse
 import dataclasses
 import functools
-import os
 import re
 import resource
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +12,11 @@ import helpers
 import huggingface_hub
 import pytest
 import torch
-from PIL import Image
-from torch import Tensor
 
 import convert
-import sample
 from checkpoint.layouts import to_ours, to_published
 from checkpoint.state import checkpoint_path, save_checkpoint, save_safetensors
-from checkpoint.weights import load_model, load_settings, open_weights
+from checkpoint.weights import load_model, load_settings
 from common.errors import FileError, UserError
 from common.files import DamagedFileError, verify_file
 from common.process import DTYPES
@@ -340,103 +334,3 @@ def test_push_to_hub_uploads_what_save_pretrained_writes(monkeypatch: pytest.Mon
     monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi.upload_folder", upload_folder)
     assert random_model().push_to_hub("me/tiny") == "commit"
     assert {"config.json", "model.safetensors"} <= set(uploaded["names"])
-
-
-# ---------------------------------------------------------------- diffusers
-
-DRAW = """
-import sys, torch
-from diffusers import DiffusionPipeline
-assert "models" not in sys.modules
-torch.set_num_threads(1)
-for folder in sys.argv[1:]:
-    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
-    options = dict(num_inference_steps=3, guidance_scale=2.0, seed=7)
-    torch.save(pipe([0, 1, 2, "a"], output_type="pt", **options).images, folder + ".pt")
-    pipe(["a"], num_inference_steps=1).images[0].save(folder + ".png")
-half = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, torch_dtype=torch.bfloat16)
-types = {name: p.dtype for name, p in half.transformer.dit.named_parameters()}
-assert types.pop("pos_embed") == torch.float32 == half.vae.dtype
-assert {t for n, t in types.items() if n.endswith("router.weight")} == {torch.float32}
-assert {t for n, t in types.items() if not n.endswith("router.weight")} == {torch.bfloat16}
-"""
-
-
-def draw_by_pipelines(folders: list[Path], home: Path) -> list[Tensor]:
-    """Draw in a process that knows nothing of this repository."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environment |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-I", "-c", DRAW, *map(str, folders)]
-    subprocess.run(command, check=True, cwd=home, env=environment)
-    return [torch.load(f"{folder}.pt", weights_only=True) for folder in folders]
-
-
-def tiny_vae(folder: Path) -> Path:
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    vae: Any = AutoencoderKL(
-        in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(8,) * 4,
-        layers_per_block=1, latent_channels=4, norm_num_groups=8, sample_size=64,
-    )  # fmt: skip
-    vae.save_pretrained(folder)
-    return folder
-
-
-def draw_by_sample(source: Path, monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    """Return the images that sample.py puts in its grid."""
-    grids: list[Tensor] = []
-    monkeypatch.setattr(sample, "save_grid", lambda images, *_, **__: grids.append(images))
-    flags = ["--dtype", "float32", "--num-sampling-steps", "3", "--cfg-scale", "2", "--seed", "7"]
-    labels = ["--labels", "0", "1", "2", "a", "--num-per-class", "1"]
-    helpers.run_main(sample, "--ckpt", source, *flags, *labels)
-    return grids[0]
-
-
-def pixels(images: Tensor) -> Tensor:
-    return (images * 127.5 + 127.5).round().byte()
-
-
-def test_pipeline_folders_draw_the_same_pixels_as_sample(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folders: list[Path] = []
-    expected: list[Tensor] = []
-    vae = str(tiny_vae(tmp_path / "vae"))
-    for vae_path, channels, objective in (("none", 1, "rf"), ("none", 1, "ddpm"), (vae, 4, "rf")):
-        config = DiTConfig.from_dict({**TINY.to_dict(), "in_channels": channels})
-        source = tmp_path / f"{len(folders)}.safetensors"
-        settings = {**SETTINGS, "vae_path": vae_path, "objective": objective}
-        save_safetensors(source, random_model(config).state_dict(), config, settings)
-        folders.append(tmp_path / f"pipeline{len(folders)}")
-        run(source, folders[-1], "--pipeline")
-        expected.append(draw_by_sample(source, monkeypatch))
-    for images, grid, folder in zip(
-        draw_by_pipelines(folders, tmp_path), expected, folders, strict=True
-    ):
-        assert torch.equal(pixels(images), pixels(grid))
-        assert (images - grid).abs().max() < 1e-5
-        assert images.amax() - images.amin() > 0.1
-        assert Image.open(f"{folder}.png").size == images.shape[:1:-1]
-
-
-def test_a_pipeline_folder_names_every_package_it_imports_in_our_tested_range(
-    tmp_path: Path,
-) -> None:
-    run(saved(tmp_path), tmp_path / "pipeline", "--pipeline")
-    imported = set()
-    for file in (tmp_path / "pipeline").rglob("*.py"):
-        found = re.findall(r"^(?:from|import) (\w+)", file.read_text(), re.MULTILINE)
-        imported |= set(found) - sys.stdlib_module_names - {"dit_moe"}
-    lines = (tmp_path / "pipeline" / "requirements.txt").read_text().splitlines()
-    assert {line.split(">=")[0] for line in lines} == imported - {"PIL"} | {"pillow"}
-    assert set(lines) < set(
-        (Path(convert.__file__).parent / "requirements.txt").read_text().splitlines()
-    )
-
-
-def test_weights_of_a_pipeline_folder_load_as_ours(tmp_path: Path) -> None:
-    run(saved(tmp_path), tmp_path / "pipeline", "--pipeline")
-    same(load_model(tmp_path / "pipeline").state_dict(), random_model().state_dict())
-    assert open_weights(tmp_path / "pipeline").settings == SETTINGS
