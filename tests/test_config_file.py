@@ -10,6 +10,7 @@ import yaml
 from helpers import refusal
 from launch import REPO, TINY_RUN
 
+from checkpoint.families import has_family
 from common.errors import UserError
 from models import DiT_models
 from training.flags import build_parser
@@ -177,3 +178,15 @@ def test_a_recipe_says_what_the_registered_size_is(recipe: str) -> None:
     with torch.device("meta"):
         expected = DiT_models[size](input_size=8, in_channels=1).config
     assert job.model.config == expected
+
+
+@pytest.mark.parametrize("recipe", [name for name in PUBLISHED if name != "dit_moe"])
+def test_a_recipe_with_qk_norm_on_a_size_of_ours_is_still_a_published_network(
+    recipe: str,
+) -> None:
+    words = ("--config", str(REPO / f"config/recipes/{recipe}.yaml"), "--model", "DiT-Ti/2")
+    normed = prepare(parse(*words, "--qk-norm", "True"), meta=True).model.config
+    assert (normed.qk_norm, normed.qk_norm_eps) == (True, 1e-5)
+    assert has_family(normed)
+    assert "eps" not in default_run_name(parse(*words))  # of nothing there
+    assert "eps1e-05" in default_run_name(parse(*words, "--qk-norm", "True"))

@@ -253,3 +253,13 @@ def test_a_config_without_the_fields_that_came_later_is_of_the_same_model() -> N
     check_resumable(job, Path("0000001.pt"), old, job.settings.to_dict())
     with pytest.raises(UserError, match=r"was trained with another depth; give the same flags"):
         check_resumable(job, Path("0000001.pt"), old | {"depth": 5}, job.settings.to_dict())
+
+
+def test_an_epsilon_of_norms_that_are_not_there_is_of_the_same_model() -> None:
+    """Recipes of before did not say theirs."""
+    job = job_of()
+    config = job.model.config.to_dict() | {"qk_norm_eps": 1e-5}
+    assert not job.model.config.qk_norm and job.model.config.qk_norm_eps == 1e-6
+    check_resumable(job, Path("0000001.pt"), config, job.settings.to_dict())
+    with pytest.raises(UserError, match=r"was trained with another qk_norm, qk_norm_eps; give"):
+        check_resumable(job, Path("0000001.pt"), config | {"qk_norm": True}, job.settings.to_dict())

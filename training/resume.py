@@ -108,6 +108,8 @@ def check_resumable(job: Job, path: Path, config: dict[str, Any], settings: dict
     }
     if theirs["objective"] == "rf":
         theirs["time_scale"] = theirs["time_scale"] or 1.0  # older ones say nothing of it
+    if not (ours["qk_norm"] or theirs["qk_norm"]):
+        theirs["qk_norm_eps"] = ours["qk_norm_eps"]  # of nothing
     if differing := [name for name in ours if theirs[name] != ours[name]]:
         raise UserError(
             f"--resume: {path} was trained with another {', '.join(differing)}; "

@@ -440,6 +440,8 @@ def default_run_name(args: argparse.Namespace) -> str:
     parts = [args.model, experts + active, "rf" if args.rf else "ddpm"]
     parts += [Path(args.data_path).name[:40], f"lr{args.lr}", f"seed{args.seed}"]
     for name, label in NAMED_FLAGS.items():
+        if name == "qk_norm_eps" and args.qk_norm is False:
+            continue  # of nothing
         if (value := getattr(args, name)) != default(name):
             on_or_off = {True: label, False: f"no{label}"}
             text = f"{label}{value}"
