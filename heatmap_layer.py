@@ -157,7 +157,7 @@ def by_map(args: argparse.Namespace, data: RoutingData) -> plt.Figure:
         axis.set(xlabel="expert", ylabel="layer")
     title = figure_title("Experts by patch", args, data)
     figure.suptitle(wrap(title, size[0], TITLE_SIZE), fontsize=TITLE_SIZE)
-    label = "load of the expert at the patch,\nrelative to even"
+    label = "load of the expert at the patch, relative to even"
     add_color_bar(figure, image, norm, label, most=np.nanmax(load), axes=axes)
     note = "Each small map is the picture: how often the layer sends that patch to the expert."
     add_note(figure, note, half_note(args, data), unconditional_note(data))

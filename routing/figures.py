@@ -39,6 +39,10 @@ OVERLAY = 0.85  # opacity of expert colours over a picture
 FAINT = (0.3, 0.7)
 MAX_LABELLED_ROWS, MAX_LABELLED_COLUMNS = 18, 8  # beyond that, every so many
 NOTE_SIZE, TITLE_SIZE = 8, 11  # points
+BAR_LABEL_SIZE = 9  # points
+BAR_SHARE = 0.8  # length of the colour bar in the height of all panels
+BESIDE_PANELS = 1.5  # inches of a figure's height above and below the panels, without the note
+MIN_BAR = 1.0  # inches; the bar of one row of maps is longer
 MAX_SIDE = 2**16 - 1  # pixels that matplotlib draws
 
 
@@ -288,15 +292,17 @@ def add_color_bar(
 ) -> None:
     """Add the one colour bar, with ticks that say what 0, 1 and the top mean.
 
-    Its end is an arrow if `most`, the greatest value drawn, lies above the scale.
+    Its end is an arrow if `most`, the greatest value drawn, lies above the scale. The label is
+    broken into lines that are no longer than the bar.
     """
     top = float(norm.vmax or 1)
     extend = "max" if most > top * 1.001 else "neither"
-    bar = figure.colorbar(image, ax=axes, extend=extend, shrink=0.8, pad=0.02, aspect=30)
+    bar = figure.colorbar(image, ax=axes, extend=extend, shrink=BAR_SHARE, pad=0.02, aspect=30)
     ticks = [0, 0.5, 1, (1 + top) / 2, top]
     bar.set_ticks(ticks, labels=["0 never", "0.5", "1 even", *(f"{t:.2g}" for t in ticks[3:])])
     bar.ax.tick_params(labelsize=8)
-    bar.set_label(label, fontsize=9)
+    length = max(BAR_SHARE * (figure.get_figheight() - BESIDE_PANELS), MIN_BAR)
+    bar.set_label(wrap(label, length, BAR_LABEL_SIZE), fontsize=BAR_LABEL_SIZE)
 
 
 def save_figure(figure: plt.Figure, path: str | Path, dpi: int) -> None:

@@ -209,6 +209,18 @@ def test_the_maps_take_most_of_their_figure(tmp_path: Path, sizes: dict[str, int
     assert label.x0 < 0.03 * figure.bbox.width  # no empty strip beside it
 
 
+@pytest.mark.parametrize("kind", ["expert", "step", "map", "pair"])
+@pytest.mark.parametrize("depth", [1, 4, 12])
+def test_the_label_of_the_colour_bar_is_no_longer_than_the_bar(
+    tmp_path: Path, kind: str, depth: int
+) -> None:
+    figure = drawn(synthetic(tmp_path / "a.npz", depth=depth), "--by", kind)
+    bar = figure.axes[-1]
+    label, extent = bar.yaxis.label.get_window_extent(), bar.get_window_extent()
+    assert extent.y0 <= label.y0 and label.y1 <= extent.y1
+    assert label.x1 <= figure.bbox.x1
+
+
 def test_the_note_is_below_everything_else(data: Path) -> None:
     for kind in KINDS:
         figure = drawn(data, "--by", kind)
