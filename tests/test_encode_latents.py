@@ -223,7 +223,7 @@ def test_the_ranks_of_a_node_share_the_checksums(
         found.verify(rank, 3)
     assert sorted(verified) == sorted(found.index["checksums"])
     found.moments([(index, False) for index in range(10)])
-    assert len(verified) == 4  # three shards and the labels, once each, none by a batch
+    assert len(verified) == 5  # three shards, labels and keys, once each, none by a batch
 
 
 def test_a_cache_of_before_checksums_stays_readable(cache: Path, tmp_path: Path) -> None:
