@@ -346,5 +346,6 @@ def test_ranks_that_share_the_experts_judge_the_samples_of_one_process(
     Process(ranks, tmp_path / "2.txt").wait(900)
     one, two = (np.load(tmp_path / n / "seed0.npz")["arr_0"].astype(int) for n in ("1", "2"))
     assert one.shape == two.shape and abs(one - two).max() <= 1
-    values = [json.loads((tmp_path / n / "metrics.json").read_text())["values"] for n in ("1", "2")]
-    assert values[1]["test_loss"] == pytest.approx(values[0]["test_loss"], rel=1e-4)
+    facts = [json.loads((tmp_path / n / "metrics.json").read_text())["facts"] for n in ("1", "2")]
+    losses = [fact["loss on test images"] for fact in facts]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
