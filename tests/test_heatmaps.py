@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import run_main
+from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
@@ -219,6 +220,7 @@ def test_the_label_of_the_colour_bar_is_no_longer_than_the_bar(
     label, extent = bar.yaxis.label.get_window_extent(), bar.get_window_extent()
     assert extent.y0 <= label.y0 and label.y1 <= extent.y1
     assert label.x1 <= figure.bbox.x1
+    plt.close(figure)
 
 
 def test_the_note_is_below_everything_else(data: Path) -> None:
