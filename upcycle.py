@@ -367,17 +367,15 @@ def upcycle(
         for index, tensors in by_block(weights.state):
             if index is None:
                 add_pos_embed(tensors, weights.config)
+            if index is None or not config.is_moe_block(index):
                 dtype = DTYPES[args.dtype] if args.dtype else None
                 yield {name: place(name, t, "cpu", dtype) for name, t in tensors.items()}
+                if index is not None:
+                    differences.append(0.0)
+                    bar.update()
                 continue
             prefix = f"blocks.{index}."
             old = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-            if not config.is_moe_block(index):
-                dtype = DTYPES[args.dtype] if args.dtype else None
-                yield {name: place(name, t, "cpu", dtype) for name, t in tensors.items()}
-                differences.append(0.0)
-                bar.update()
-                continue
             generator = torch.Generator().manual_seed((args.seed * 10_000 + index) % 2**64)
             new = upcycle_block(old, weights.config, config, plan, args, generator)
             check_numbers(new, f"{weights.path}: block {index}")

@@ -9,6 +9,7 @@ Shapes: N batch, C latent channels, H W latent size, C_out = C, or 2C with a lea
 """
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -208,19 +209,14 @@ class Diffusion(ABC):
             num_steps: at least 1; None for `default_num_steps[sampler]`.
             cfg_scale: guidance scale; 1.0 = off.
             null_label: the label that stands for "no class"; needed with guidance by it only.
-            cfg_channels: guidance acts on this many first channels; None for the objective's
-                own: 3 for "ddpm" (as DiT), all C for "rf".
+            cfg_channels: how many first channels are guided; None: 3 for "ddpm" (as DiT), else C.
             cfg_interval: guidance acts while t lies in this closed interval within [0, 1].
-            cfg_rescale: how far guided predictions get the deviation of the conditional ones, 0
-                to 1.
-            guide: a worse model of the same kind, called alike; guidance moves away from its
-                prediction for the same labels instead of the unconditional one.
-            generator: source of the noise that "ddpm" and "sde" add at each step, or one a
-                sample; other samplers add none.
+            cfg_rescale: how far, 0 to 1, guided predictions get the conditional ones' deviation.
+            guide: worse model whose predictions guidance leaves, not the unconditional ones.
+            generator: of the noise that "ddpm" and "sde" add at each step, or one a sample.
             progress: show a progress bar.
-            callback: called as `callback(step, t)` before the model calls of a step; step counts
-                from 0, t is in [0, 1]. The model then sees N rows, or with guidance at work and no
-                guide 2N: first the N with their class, then the N without.
+            callback: called as `callback(step, t)`, t in [0, 1], before a step's model calls, which
+                see N rows, or 2N when guided without a guide: first those with their class.
 
         Returns:
             (N, C, H, W) float32 latents.
@@ -244,9 +240,8 @@ class Diffusion(ABC):
             generator=generator,
             callback=callback,
         )
-        for x in tqdm(trajectory, desc=sampler, total=num_steps, disable=not progress):
-            latents = x
-        return latents
+        bar = tqdm(trajectory, desc=sampler, total=num_steps, disable=not progress)
+        return deque(bar, maxlen=1).pop()
 
     def trajectory(
         self,

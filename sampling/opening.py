@@ -94,6 +94,12 @@ def drawing_flags(
             help="Worse model, smaller or trained less, whose predictions guidance moves away from "
             "instead of those without a class.",
         )
+    _add_memory_flags(group, quantize=quantize, offload=offload, ranks=ranks)
+    return group
+
+
+def _add_memory_flags(group: FlagGroup, *, quantize: bool, offload: bool, ranks: bool) -> None:
+    """Add the ways to draw with a model that is larger than the memory."""
     if quantize:
         group.add(
             "--quantize",
@@ -113,7 +119,6 @@ def drawing_flags(
             choices=["cpu", "disk"],
             help="Where the blocks of a model that fits no GPU wait for their turn.",
         )
-    return group
 
 
 def drawing_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -214,11 +219,7 @@ def open_run(
     check_options(weights, device, quantize=quantize, offload=offload)
     options: dict[str, Any] = {"quantize": quantize, "offload": offload}
     if expert_parallel is not None:
-        with blamed_on(f"--expert-parallel {expert_parallel}"):
-            if quantize or offload:
-                raise ValueError("it goes with neither --quantize nor --offload")
-            check_expert_parallel(expert_parallel, config.num_experts, num_ranks())
-        options["group"] = ExpertGroup(expert_parallel) if expert_parallel > 1 else None
+        options["group"] = expert_group(expert_parallel, config, alone=not (quantize or offload))
     objective = find_objective(settings, config, rf)
     vae_path = find_vae_path(settings, vae_path)
     vae = load_vae(
@@ -235,6 +236,20 @@ def open_run(
     model = build_for_sampling(weights, **options)
     guide = None if guiding is None else build_for_sampling(guiding, **options)
     return DrawingRun(weights.path, model, diffusion, vae, vae_path, settings, guide)
+
+
+def expert_group(size: int, config: DiTConfig, *, alone: bool) -> ExpertGroup | None:
+    """Return the ranks that hold the experts with this one, None if it holds all of them.
+
+    Raises:
+        UserError: `size` does not fit the experts or the ranks, or comes with other ways to save
+            memory, so that it is not `alone`.
+    """
+    with blamed_on(f"--expert-parallel {size}"):
+        if not alone:
+            raise ValueError("it goes with neither --quantize nor --offload")
+        check_expert_parallel(size, config.num_experts, num_ranks())
+    return ExpertGroup(size) if size > 1 else None
 
 
 def objective_of(

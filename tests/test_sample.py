@@ -133,7 +133,7 @@ def test_safetensors_of_ours_tell_the_objective_and_the_names(run: Path, tmp_pat
         (["--num_experts", "8"], "--num-experts 8: .* has 4"),
         (["--num_experts_per_tok", "1"], "--num-experts-per-tok 1: .* has 2"),
         (["--image-size", "256"], "--image-size 256: .* has 8"),
-        (["--sampler", "ddim"], "sampler must be one of euler, heun; got 'ddim'"),
+        (["--sampler", "ddim"], "sampler must be one of euler, heun, sde; got 'ddim'"),
         (["--cfg-interval", "0.9", "0.1"], "cfg_interval must be 0 <= low <= high <= 1"),
         (["--vae-path", "nowhere"], "--vae-path nowhere is not a folder"),
         (["--labels", "bea"], "--labels bea: expected .*; did you mean bee?"),

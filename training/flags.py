@@ -5,7 +5,6 @@ import argparse
 from common.flags import (
     FlagGroup,
     FlagParser,
-    dtype_flag,
     flag,
     in_groups,
     model_size,
@@ -16,13 +15,13 @@ from models import BALANCE_TERMS, DiT_models
 from training.config_file import FLAG, ConfigParser
 from training.optimization_flags import (
     add_objective_flags,
+    add_optimizer_flags,
     add_schedule_flags,
     add_stop_flags,
     add_tracker_flags,
 )
 from training.tuning_flags import (
     add_latent_flags,
-    add_rate_flags,
     add_start_flags,
     add_validation_flags,
 )
@@ -51,7 +50,7 @@ def build_parser(docstring: str | None) -> FlagParser:
     optimization = parser.group("Optimization")
     _add_batch_flags(optimization)
     add_objective_flags(optimization)
-    _add_optimizer_flags(optimization)
+    add_optimizer_flags(optimization)
     add_schedule_flags(optimization)
     run = parser.group("Run")
     _add_course_flags(run)
@@ -363,60 +362,6 @@ def _add_batch_flags(train: FlagGroup) -> None:
         help="Number of forward passes of a rank in an optimizer step. Default: as many as "
         "--micro-batch-size needs, 1 without it.",
     )
-
-
-def _add_optimizer_flags(train: FlagGroup) -> None:
-    train.add(
-        "--lr",
-        type=number(float, 0, 1000),
-        default=1e-4,
-        metavar="RATE",
-        help="Learning rate of AdamW after the warm-up.",
-    )
-    add_rate_flags(train)
-    train.add(
-        "--warmup-steps",
-        type=number(int, 0),
-        default=0,
-        metavar="STEPS",
-        help="Optimizer steps over which the learning rate rises linearly from 0.",
-    )
-    train.add(
-        "--weight-decay",
-        type=number(float, 0, 1000),
-        default=0.0,
-        metavar="DECAY",
-        help="Decoupled weight decay of matrices; biases, norms, routers and tables have none.",
-    )
-    train.add(
-        "--clip-grad",
-        type=number(float, 0),
-        default=1.0,
-        metavar="NORM",
-        help="Largest norm of a step's gradient, which is scaled down to it; 0 turns it off.",
-    )
-    train.add(
-        "--ema-decay",
-        type=number(float, 0, 1),
-        nargs="+",
-        default=[0.9999],
-        metavar="DECAY",
-        help="Share of the averaged weights that a step keeps. Several make as many averages; "
-        "the first is drawn in grids and by default, --ema chooses when sampling.",
-    )
-    train.add(
-        "--precision",
-        **dtype_flag,
-        help="Format of matrix products; master weights stay in fp32. Default: bf16 where the "
-        "hardware has it, else fp32.",
-    )
-    train.add(
-        "--grad-checkpointing",
-        default=False,
-        **flag,
-        help="Compute every block again in the backward pass, which saves memory and costs time.",
-    )
-    train.add("--compile", default=False, **flag, help="Compile every block with torch.compile.")
 
 
 def _add_course_flags(run: FlagGroup) -> None:

@@ -1,6 +1,7 @@
-"""Flags of objective, schedule, optimizer and tracking beyond the paper's recipe."""
+"""Flags of the optimizer, its schedule, the objective beyond the paper's recipe, and tracking."""
 
-from common.flags import FlagGroup, flag, number
+from common.flags import FlagGroup, dtype_flag, flag, number
+from training.tuning_flags import add_rate_flags
 
 ALMOST_ONE = 1 - 1e-9  # a moment that forgets nothing is none
 
@@ -59,6 +60,61 @@ def add_objective_flags(train: FlagGroup) -> None:
         metavar="WEIGHT",
         help="Weight of the alignment beside the objective's loss.",
     )
+
+
+def add_optimizer_flags(train: FlagGroup) -> None:
+    """Add how the weights are moved."""
+    train.add(
+        "--lr",
+        type=number(float, 0, 1000),
+        default=1e-4,
+        metavar="RATE",
+        help="Learning rate of AdamW after the warm-up.",
+    )
+    add_rate_flags(train)
+    train.add(
+        "--warmup-steps",
+        type=number(int, 0),
+        default=0,
+        metavar="STEPS",
+        help="Optimizer steps over which the learning rate rises linearly from 0.",
+    )
+    train.add(
+        "--weight-decay",
+        type=number(float, 0, 1000),
+        default=0.0,
+        metavar="DECAY",
+        help="Decoupled weight decay of matrices; biases, norms, routers and tables have none.",
+    )
+    train.add(
+        "--clip-grad",
+        type=number(float, 0),
+        default=1.0,
+        metavar="NORM",
+        help="Largest norm of a step's gradient, which is scaled down to it; 0 turns it off.",
+    )
+    train.add(
+        "--ema-decay",
+        type=number(float, 0, 1),
+        nargs="+",
+        default=[0.9999],
+        metavar="DECAY",
+        help="Share of the averaged weights that a step keeps. Several make as many averages; "
+        "the first is drawn in grids and by default, --ema chooses when sampling.",
+    )
+    train.add(
+        "--precision",
+        **dtype_flag,
+        help="Format of matrix products; master weights stay in fp32. Default: bf16 where the "
+        "hardware has it, else fp32.",
+    )
+    train.add(
+        "--grad-checkpointing",
+        default=False,
+        **flag,
+        help="Compute every block again in the backward pass, which saves memory and costs time.",
+    )
+    train.add("--compile", default=False, **flag, help="Compile every block with torch.compile.")
 
 
 def add_schedule_flags(train: FlagGroup) -> None:

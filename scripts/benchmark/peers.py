@@ -84,9 +84,8 @@ def bare_run(moe: MoE, batches: list[Tensor], precision: Precision) -> Run:
             indices = moe.router(x.to(moe.router.matrix.dtype)).expert_indices
         loads.append(sort_by_expert(indices, len(gate_up)).offsets.tolist())
 
-    tokens, k = batches[0].shape[1], indices.shape[1]
     flat = half(batches[0][0])
-    rows = half(torch.randn(tokens * k, flat.shape[1], device=flat.device))
+    rows = half(torch.randn(indices.numel(), flat.shape[1], device=flat.device))
     hidden = rows.new_ones(len(rows), gate_up.shape[1])
     activation, out = rows.new_ones(len(rows), down.shape[2]), torch.empty_like(rows)
     grads = torch.empty_like(gate_up), torch.empty_like(down)
