@@ -85,7 +85,8 @@ class Encoder(nn.Module):
         if "vit" in network or "dino" in network:
             options["dynamic_img_size"] = True
         try:
-            self.network: Any = timm.create_model(network, pretrained=file is None, **options)
+            create: Any = timm.create_model  # whose networks have more than their type says
+            self.network = create(network, pretrained=file is None, **options)
         except (OSError, RuntimeError) as error:  # no connection
             raise UserError(f"--repa {name}: its weights cannot be had: {error}") from error
         if file is not None:
@@ -97,7 +98,7 @@ class Encoder(nn.Module):
         self.side = config["input_size"][-1]
         if "dynamic_img_size" in options:  # as many patches as tokens
             self.side = grid * self.network.patch_embed.patch_size[0]
-        self.width = self.network.num_features
+        self.width: int = self.network.num_features
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
