@@ -51,7 +51,8 @@ def add_objective_flags(train: FlagGroup) -> None:
         "--repa-block",
         type=number(int, 1, 10_000),
         metavar="N",
-        help="Block, from 1, whose tokens are aligned. Default: 8, or half of fewer than 16.",
+        help="Number of the block, from 1, whose tokens are aligned. Default: 8, or half of fewer "
+        "than 16.",
     )
     train.add(
         "--repa-loss-weight",
