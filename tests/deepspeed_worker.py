@@ -72,6 +72,7 @@ def make_trainer(case: str | None, *flags: str, std: float = 0.1) -> DdpTrainer 
             trainer.engine.fill(name, value)
         trainer.engine.refresh()
         trainer.ema = [shard.detach().clone() for shard in trainer.engine.flat]
+        trainer.averages = {trainer.settings.ema_decay: trainer.ema}
     trainer.optimizer.param_groups[0]["eps"] = 1e-3  # see train_worker.make_updates
     return trainer
 
