@@ -46,6 +46,15 @@ def _segments(offsets: Tensor) -> Iterator[tuple[int, int]]:
     return zip([0, *ends], ends, strict=False)
 
 
+def _step(length: int, rows: Tensor) -> int:
+    """Return what a segment's length is rounded to a multiple of, a sixteenth of it at most.
+
+    oneDNN compiles a kernel for every new shape of half-precision matrices, a millisecond and a
+    megabyte or two each, and the loads change at every step: this leaves 16 shapes an octave.
+    """
+    return 1 if rows.dtype == torch.float32 else max(16, 2 ** (length - 1).bit_length() // 32)
+
+
 @torch.library.custom_op("dit_moe::grouped_linear", mutates_args=())
 def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Multiply each expert's segment of rows by that expert's matrix: rows_e @ weight_e.T.
@@ -63,14 +72,16 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     if not _on_host(offsets):
         return F.grouped_mm(rows, weight.transpose(-2, -1), offs=offsets)
     out = rows.new_empty(rows.shape[0], weight.shape[1])
-    # oneDNN compiles a kernel for every new shape of half-precision matrices, a millisecond each,
-    # and the loads change at every step: lengths in multiples of 16 leave few shapes. The rows
-    # behind a segment are the next one's, whose matmul comes later and writes them again.
-    step = 1 if rows.dtype == torch.float32 else 16
     for matrix, (start, end) in zip(weight, _segments(offsets), strict=True):
         if end > start:
-            end = min(start + -(-(end - start) // step) * step, len(rows))
-            torch.mm(rows[start:end], matrix.t(), out=out[start:end])
+            # The rows behind a segment are the next one's, whose matmul comes later and writes
+            # them again; where there are not enough of them, rows before it are computed aside.
+            padded = start + -(-(end - start) // (step := _step(end - start, rows))) * step
+            if padded <= len(rows):
+                torch.mm(rows[start:padded], matrix.t(), out=out[start:padded])
+            else:
+                first = max(0, start + len(rows) - padded)
+                out[start:end] = torch.mm(rows[first:], matrix.t())[start - first : end - first]
     return out
 
 
@@ -94,10 +105,15 @@ def grouped_outer(grad: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
         return F.grouped_mm(grad.t(), rows, offs=offsets)
     out = rows.new_empty(len(offsets), grad.shape[1], rows.shape[1])
     for total, (start, end) in zip(out, _segments(offsets), strict=True):
-        if end > start:
-            torch.mm(grad[start:end].t(), rows[start:end], out=total)
-        else:
+        if end == start:
             total.zero_()
+            continue
+        over = (end - start) % _step(end - start, rows)
+        torch.mm(grad[start : end - over].t(), rows[start : end - over], out=total)
+        if over:  # zeros round it up
+            padding = (0, 0, 0, _step(end - start, rows) - over)
+            tails = [F.pad(tensor[end - over : end], padding) for tensor in (grad, rows)]
+            total.addmm_(tails[0].t(), tails[1])
     return out
 
 

@@ -324,3 +324,27 @@ def test_custom_operators_keep_their_contract_with_torch(name: str):
         "grouped_outer": (grouped_outer, (hidden, rows.detach(), offsets)),
     }
     torch.library.opcheck(*operators[name])
+
+
+def test_half_precision_matmuls_take_few_shapes_whatever_the_loads(monkeypatch):
+    shapes = set()
+    real = torch.mm
+
+    def record(a, b, **out):
+        shapes.add((a.shape, b.shape))
+        return real(a, b, **out)
+
+    monkeypatch.setattr(torch, "mm", record)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(2, 3, 4, generator=generator).bfloat16()
+    for first in range(0, 1025, 5):
+        rows = torch.randn(1024, 4, generator=generator).bfloat16()
+        offsets = torch.tensor([first, 1024], dtype=torch.int32)
+        out = grouped_linear(rows, weight, offsets)
+        grads = grouped_outer(out, rows, offsets)
+        parts = (slice(0, first), slice(first, 1024))
+        naive = torch.cat([real(rows[p], w.t()) for p, w in zip(parts, weight, strict=True)])
+        torch.testing.assert_close(out, naive)
+        sums = torch.stack([real(out[p].float().t(), rows[p].float()) for p in parts])
+        torch.testing.assert_close(grads.float(), sums, rtol=0.02, atol=0.5)
+    assert len(shapes) <= 2 * 16 * 6 + 4  # 16 an octave from 16 to 1,024, forward and backward

@@ -22,7 +22,7 @@ PEAK_RATES = {
     "L40S": 362e12,
     "RTX 4090": 165e12,
 }
-PHASES = ("data", "step", "save", "draw", "validate")
+PHASES = ("data", "step", "save", "draw")  # every run has these; another has only what it does
 
 
 def forward_macs(config: DiTConfig) -> tuple[int, int]:
@@ -79,6 +79,6 @@ class Phases:
         finally:
             seconds = time.monotonic() - began
             self._open.pop()
-            self.seconds[name] += seconds
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
             if self._open:
                 self.seconds[self._open[-1]] -= seconds
