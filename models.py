@@ -1155,8 +1155,9 @@ class DiT(nn.Module, PyTorchModelHubMixin, library_name="dit-moe"):
             return super().from_pretrained(str(pretrained_model_name_or_path), **options)
         course = checkpoints / "latest"  # names, the last one first
         names = course.read_text().split() if course.is_file() else []
-        names += sorted((path.name for path in checkpoints.glob("[0-9]*.pt")), reverse=True)
-        found = next((path for name in names if (path := checkpoints / name).exists()), None)
+        there = {path.name: path for path in checkpoints.glob("[0-9]*")}  # nowhere else is looked
+        names += sorted((name for name in there if name.endswith(".pt")), reverse=True)
+        found = next((there[name] for name in names if name in there), None)
         if found is None or found.is_dir():
             what = "has shards only" if found else "has no checkpoint"
             raise ValueError(

@@ -82,7 +82,7 @@ class TarImages(ImageDataset):
                     elif ending == ".cls":
                         content = archive.extractfile(item)
                         assert content is not None
-                        classes[f"{shard}/{name}"] = content.read().decode().strip()
+                        classes[f"{shard}/{name}"] = content.read(1000).decode().strip()
         except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
             raise FileError(f"{file} cannot be read as a tar file: {error}") from error
 

@@ -21,6 +21,7 @@ from common.errors import UserError, blamed_on
 from data.class_images import open_pictures
 from data.image_files import size_of
 from diffusion import Diffusion
+from diffusion.gaussian_diffusion import GaussianDiffusion
 from models import DiTConfig
 from routing.tables import UNCONDITIONAL
 from routing.tracing import RoutingTracer, layers_of, trace_bytes
@@ -239,9 +240,10 @@ def draw(run: DrawingRun, plan: DrawingPlan) -> Iterator[Drawing]:
 
 
 def model_time(diffusion: Diffusion, t: float) -> float:
-    """Return what the model is told at t in [0, 1], a whole timestep where it counts them."""
-    scale = diffusion.time_scale
-    return min(round(t * scale), scale - 1) if scale > 1 else t
+    """Return what the model is told at t in [0, 1], a whole timestep for DDPM."""
+    time = diffusion.time_scale * t
+    whole = isinstance(diffusion, GaussianDiffusion)
+    return min(round(time), diffusion.time_scale - 1) if whole else time
 
 
 def route_picture(

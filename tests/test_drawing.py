@@ -212,6 +212,8 @@ def test_a_timestep_is_whole_where_the_model_counts_them(tmp_path: Path) -> None
     ddpm, rf = opened(tmp_path, objective="ddpm"), opened(tmp_path / "b", objective="rf")
     assert [model_time(ddpm.diffusion, t) for t in (0, 0.5004, 1)] == [0, 500, 999]
     assert model_time(rf.diffusion, 0.5004) == 0.5004
+    scaled = opened(tmp_path / "c", objective="rf", time_scale=1000.0)
+    assert model_time(scaled.diffusion, 0.5004) == pytest.approx(500.4)
 
 
 # ------------------------------------------------------------------------------ words

@@ -1,6 +1,7 @@
 """From a notebook: the README's lines as written, and the card of every folder of weights."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def test_a_run_is_loaded_with_its_latest_averages_and_goes_back_with_the_run(run
     assert model.settings["class_names"] == [*"0123456789"]
     latest = run / "checkpoints" / "latest"
     before = latest.read_text()
-    latest.write_text("0000001.pt\n")
+    latest.write_text("../../elsewhere.pt\n0000001.pt\n")  # looks nowhere else
+    shutil.copy(run / "checkpoints" / "0000002.pt", run.parent / "elsewhere.pt")
     older = DiT.from_pretrained(run).state_dict()
     latest.write_text(before)
     assert_close(older, load_model(run / "checkpoints" / "0000001.pt").state_dict(), rtol=0, atol=0)

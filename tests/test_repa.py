@@ -82,12 +82,18 @@ def test_features_are_those_of_timm_one_for_each_token_of_the_model(encoder: str
     assert_close(features, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_features_of_a_convolutional_network_are_brought_to_the_grid(tmp_path: Path) -> None:
+def test_features_of_a_convolutional_network_are_those_of_as_many_places_as_tokens(
+    tmp_path: Path,
+) -> None:
     network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     renamed = {f"other.{i}": value for i, value in enumerate(network.state_dict().values())}
     torch.save(renamed, tmp_path / "lite0.pth")  # another library's names, in the same order
     name = f"timm:tf_efficientnet_lite0:{tmp_path / 'lite0.pth'}"
     encoder = Encoder(name, grid=4, device=torch.device("cpu"))
+    images = torch.rand(1, 3, 128, 128) * 2 - 1  # 4 x 4 places of 32 pixels: as large as they are
+    pixels = ((images + 1) / 2 - encoder.mean) / encoder.std
+    expected = encoder.network.forward_features(pixels).flatten(2).transpose(1, 2)
+    assert_close(encoder(images), expected, atol=1e-5, rtol=1e-4)
     assert encoder(torch.zeros(1, 1, 32, 32)).shape == (1, 16, 1280)
     assert_close(encoder.network.conv_stem.weight, network.state_dict()["conv_stem.weight"])
     with pytest.raises(UserError, match="the file has weights of another network"):

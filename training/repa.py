@@ -95,9 +95,12 @@ class Encoder(nn.Module):
         config = self.network.pretrained_cfg
         mean, std = (torch.tensor(config[n], device=device).view(3, 1, 1) for n in ("mean", "std"))
         self.mean, self.std, self.grid = mean, std, grid
-        self.side = config["input_size"][-1]
         if "dynamic_img_size" in options:  # as many patches as tokens
             self.side = grid * self.network.patch_embed.patch_size[0]
+        elif self.network.default_cfg.get("fixed_input_size"):
+            self.side = config["input_size"][-1]
+        else:  # convolutions: as many places as tokens
+            self.side = grid * self.network.feature_info[-1]["reduction"]
         self.width: int = self.network.num_features
 
     @torch.no_grad()
