@@ -225,7 +225,7 @@ class Diffusion(ABC):
             ValueError: for an argument outside its range.
         """
         sampler, num_steps = self.chosen(sampler, num_steps)
-        trajectory = self.trajectory(
+        steps = self.trajectory(
             model,
             noise,
             y,
@@ -240,8 +240,9 @@ class Diffusion(ABC):
             generator=generator,
             callback=callback,
         )
-        bar = tqdm(trajectory, desc=sampler, total=num_steps, disable=not progress)
-        return deque(bar, maxlen=1).pop()
+        return deque(
+            tqdm(steps, desc=sampler, total=num_steps, disable=not progress), maxlen=1
+        ).pop()
 
     def trajectory(
         self,

@@ -222,12 +222,8 @@ def open_run(
         options["group"] = expert_group(expert_parallel, config, alone=not (quantize or offload))
     objective = find_objective(settings, config, rf)
     vae_path = find_vae_path(settings, vae_path)
-    vae = load_vae(
-        vae_path,
-        device=device,
-        model_channels=config.in_channels,
-        norm=find_latent_norm(settings),
-    )
+    norm = find_latent_norm(settings)
+    vae = load_vae(vae_path, device=device, model_channels=config.in_channels, norm=norm)
     if told.get("image_size") not in (None, size := config.input_size * vae.downsample):
         raise UserError(f"--image-size {told['image_size']}: {path} has {size}")
     guiding = None if guide_ckpt is None else open_guide(guide_ckpt, weights, ema=ema)

@@ -1,7 +1,6 @@
 """The mixture as independent choices: the published families' tensors and facts known on paper."""
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from checkpoint.families import family_to_ours
 from models import (
     DiT,
-    DiT_models,
     DiTBlock,
     DiTConfig,
     MoE,
     Routing,
     TopKRouter,
-    contrastive_loss,
     normalize_weights,
-    router_z_loss,
 )
 from routing import LoadCounter
 
@@ -161,75 +157,7 @@ def test_the_other_blocks_are_dense_and_four_times_as_wide(fields: dict[str, Any
     assert widths == (set() if fields == {} else {64} if "num_experts" in fields else {128})
 
 
-@pytest.mark.parametrize(
-    ("name", "total", "activated"),
-    [
-        ("ProMoE-S/2", 75_537_424, 32_987_152),
-        ("ProMoE-B/2", 300_595_216, 130_560_016),
-        ("ProMoE-L/2", 1_062_668_304, 458_246_160),
-        ("ProMoE-XL/2", 1_567_715_344, 675_320_848),
-        ("ProMoE-EC-L/2", 1_062_668_304, 458_246_160),
-        ("EC-DiT-L/2", 1_163_257_872, 458_184_720),
-        ("DiffMoE-B/2", 332_459_584, 134_117_440),
-        ("DiffMoE-L/2", 1_175_951_472, 470_878_320),
-        ("DiffMoE-XL/2", 1_734_978_944, 693_964_928),
-    ],
-)
-def test_published_sizes_of_later_families(name: str, total: int, activated: int):
-    with torch.device("meta"):
-        assert DiT_models[name]().num_parameters() == (total, activated)
-
-
 # -- facts on paper
-
-
-def test_contrastive_loss_is_log_of_the_active_experts_when_all_means_agree():
-    sums, counts = torch.ones(4, 8), torch.tensor([3.0, 1.0, 0.0, 2.0])
-    loss = contrastive_loss(randn(4, 8), sums * counts[:, None], counts)
-    assert loss.item() == pytest.approx(math.log(3))
-
-
-def test_contrastive_loss_is_nothing_for_less_than_two_active_experts_and_has_finite_gradients():
-    prototypes, sums = randn(4, 8).requires_grad_(), torch.zeros(3, 4, 8).requires_grad_()
-    counts = torch.tensor([[0.0, 0, 0, 0], [5, 0, 0, 0], [1, 1, 0, 0]])
-    loss = contrastive_loss(prototypes, sums, counts)
-    assert loss[:2].tolist() == [0.0, 0.0] and loss[2] > 0
-    loss.sum().backward()
-    assert prototypes.grad is not None and prototypes.grad.isfinite().all()
-    assert sums.grad is not None and sums.grad.isfinite().all()
-
-
-def test_contrastive_loss_pulls_a_prototype_towards_its_own_mean():
-    means = torch.eye(4)
-    own = contrastive_loss(means, means, torch.ones(4))
-    other = contrastive_loss(means.roll(1, 0), means, torch.ones(4))
-    assert own.item() == pytest.approx(math.log(1 + 3 * math.exp(-1 / 0.07)), abs=1e-6)
-    assert other.item() == pytest.approx(1 / 0.07, rel=1e-3)
-
-
-def test_z_loss_is_the_squared_log_of_the_experts_for_logits_of_zero():
-    assert router_z_loss(torch.zeros(5, 4)).item() == pytest.approx(math.log(4) ** 2)
-    routed = torch.tensor([True, False])
-    assert router_z_loss(torch.tensor([[0.0, 0.0], [9.0, 9.0]]), routed).item() == pytest.approx(
-        math.log(2) ** 2
-    )
-
-
-def bias_after(load: list[float]) -> Tensor:
-    router = TopKRouter(config_of("dsmoe"))
-    router._see("load", torch.tensor(load))
-    router.update_state(bias_rate=0.1)
-    return router.expert_bias
-
-
-def test_an_even_load_leaves_the_bias_where_it_is():
-    assert torch.equal(bias_after([5.0, 5.0, 5.0, 5.0]), torch.zeros(4))
-
-
-def test_bias_moves_against_the_load_and_keeps_its_mean():
-    torch.testing.assert_close(
-        bias_after([7.0, 4.0, 4.0, 5.0]), torch.tensor([-0.1, 0.1, 0.1, 0.0]) - 0.025
-    )
 
 
 def test_bias_decides_who_is_chosen_but_not_the_weight():
