@@ -19,7 +19,8 @@ from common import process
 from common.errors import UserError, one_line_errors
 from common.flags import FlagParser, number
 from sampling.drawing import Limits
-from sampling.opening import drawing_flags, drawing_options, open_run
+from sampling.flags import drawing_flags, drawing_options
+from sampling.opening import open_run
 
 BESIDE = Path(__file__).parent  # where a Space has its weights and its autoencoder
 

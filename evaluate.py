@@ -62,8 +62,9 @@ from evaluation.features import (
 from evaluation.image_sets import DatasetSet, FolderSet, ImageSet, NpzSet
 from evaluation.metrics import Statistics, compare
 from evaluation.sample_files import SampleFiles, read_object, write_object
+from sampling.flags import drawing_flags, drawing_options
 from sampling.loss import generator, loss_on_images
-from sampling.opening import drawing_flags, drawing_options, open_run
+from sampling.opening import open_run
 
 LOSS_IMAGES = 2000  # real images whose loss is measured, LOSS_DRAWS times each
 LOSS_DRAWS = 4

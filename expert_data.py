@@ -50,7 +50,8 @@ from routing.tables import (
     save_table,
 )
 from sampling.drawing import model_time
-from sampling.opening import DrawingRun, drawing_flags, drawing_options, open_run
+from sampling.flags import drawing_flags, drawing_options
+from sampling.opening import DrawingRun, open_run
 
 PRINTED = (
     *("nmi_class", "nmi_step", "nmi_patch", "entropy", "entropy_early", "entropy_middle"),

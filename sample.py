@@ -12,19 +12,14 @@ flags do.
 
 import argparse
 import math
-import os
 import zlib
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from common import process
 from common.errors import UserError, one_line_errors
-from common.flags import FlagParser, number, sampling_flags, sampling_options
+from common.flags import FlagParser, number, sampling_flags
 from common.labels import label_numbers
-from common.pictures import FORMATS, check_grid, check_picture_path, save_grid
-from sampling.opening import DrawingRun, drawing_flags, drawing_options, open_run
+from common.names import PICTURES
+from sampling.flags import drawing_flags, drawing_options
 
 IMAGENET_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]  # DiT's own picture
 NUM_IMAGES = 40  # about, by default
@@ -38,7 +33,7 @@ def build_parser() -> FlagParser:
     data.add(
         "--out",
         metavar="FILE",
-        help=f"Picture to write, {', '.join(FORMATS)}. Default: samples/ in the run's folder, "
+        help=f"Picture to write, {', '.join(PICTURES)}. Default: samples/ in the run's folder, "
         "named by checkpoint and flags.",
     )
     data.add("--vae-path", help="Folder or hub id of the autoencoder. Default: the checkpoint's.")
@@ -65,15 +60,19 @@ def build_parser() -> FlagParser:
 # ------------------------------------------------------------------------------ what to draw
 
 
-def choose_labels(args: argparse.Namespace, run: DrawingRun) -> list[int]:
+def choose_labels(given: list[str] | None, num_classes: int, class_names: list[str]) -> list[int]:
     """Return the classes to draw, one a column.
+
+    Args:
+        given: what `--labels` says.
+        num_classes: of the model.
+        class_names: of its data, [] if they have none.
 
     Raises:
         UserError: a label is neither a known name nor in range.
     """
-    num_classes = run.config.num_classes
-    if args.labels is not None:
-        return label_numbers(args.labels, num_classes, run.class_names)
+    if given is not None:
+        return label_numbers(given, num_classes, class_names)
     return IMAGENET_LABELS if num_classes > max(IMAGENET_LABELS) else [*range(num_classes)][:10]
 
 
@@ -124,61 +123,16 @@ def default_out(args: argparse.Namespace, path: Path) -> Path:
     return folder / f"{'-'.join(parts)}-seed{args.seed}.png"
 
 
-# ------------------------------------------------------------------------------ drawing it
-
-
-def draw(run: DrawingRun, y: Tensor, args: argparse.Namespace, device: torch.device) -> Tensor:
-    """Draw an image for each of the labels (N,); returns (N, C, S, S) in [-1, 1] on the CPU.
-
-    Raises:
-        UserError: an image is not finite.
-    """
-    config = run.config
-    generator = torch.Generator().manual_seed(args.seed)
-    shape = (len(y), config.in_channels, config.input_size, config.input_size)
-    noise = torch.randn(shape, generator=generator)
-    images = []
-    for start in range(0, len(y), args.batch_size):
-        part = slice(start, start + args.batch_size)
-        latents = run.diffusion.sample(
-            run.model,
-            noise[part].to(device),
-            y[part].to(device),
-            **sampling_options(args),
-            null_label=config.null_label,
-            guide=run.guide,
-            generator=generator,
-            progress=os.environ.get("RANK", "0") == "0",
-        )
-        images.append(run.vae.decode(latents).cpu())
-        if not images[-1].isfinite().all():
-            raise UserError(
-                f"the model drew NaN in {process.long_name(run.model.dtype)}: try --dtype fp32, or "
-                f"a --cfg-scale below {args.cfg_scale:g}"
-            )
-    return torch.cat(images)
-
-
-def arrange(images: Tensor, num_labels: int, width: int) -> Tensor:
-    """Bring images whose classes take turns to rows in which each class has `width` columns.
-
-    Args:
-        images: (n L, C, S, S), image i of class i % L.
-        num_labels: L.
-        width: of each class.
-
-    Returns:
-        (R L width, C, S, S), with black images in the gaps of the last row.
-    """
-    rows = math.ceil(len(images) / num_labels / width)
-    gaps = rows * width * num_labels - len(images)
-    images = torch.cat([images, images.new_full((gaps, *images.shape[1:]), -1.0)])
-    by_row = images.unflatten(0, (rows, width, num_labels))
-    return by_row.transpose(1, 2).flatten(0, 2)  # (rows, L, width, ...)
-
-
 def main(args: argparse.Namespace) -> None:
     """Draw the images and write the picture."""
+    # Here, since torch takes seconds to import: --help and a mistyped flag need none of it.
+    import torch
+
+    from common import process
+    from common.pictures import check_grid, check_picture_path, save_grid
+    from sampling.grid import arrange, draw
+    from sampling.opening import open_run
+
     if args.out:
         check_picture_path(args.out)
     rt = process.setup()
@@ -191,7 +145,7 @@ def main(args: argparse.Namespace) -> None:
     process.keep_freed_memory(args.quantize is None and args.offload is None)
     run = open_run(args.ckpt, device=rt.device, **drawing_options(args))
     out = check_picture_path(args.out or default_out(args, run.path))
-    labels = choose_labels(args, run)
+    labels = choose_labels(args.labels, run.config.num_classes, run.class_names)
     per_class, width = plan_grid(args.num_per_class, len(labels))
     columns, count = width * len(labels), per_class * len(labels)
     check_grid(out, count, run.image_size, columns, f"--num-per-class {per_class}")

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from common.errors import printable
-from common.process import DTYPES, long_name
+from common.names import DTYPES
 
 MAX_INT = 10**9  # of any count: beyond lie typing errors
 
@@ -83,7 +83,7 @@ seed = number(int, 0, 2**63 - 1)
 
 def _parse_dtype(text: str) -> str:
     """Return the name in `DTYPES`; the long names, such as bfloat16, are accepted too."""
-    names = {long_name(dtype): name for name, dtype in DTYPES.items()} | {n: n for n in DTYPES}
+    names = {long: name for name, long in DTYPES.items()} | {name: name for name in DTYPES}
     if text not in names:
         raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(DTYPES)}")
     return names[text]

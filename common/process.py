@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from common import names
 from common.errors import UserError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # name in flags
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, long) for name, long in names.DTYPES.items()}
 
 # How long a rank waits for the others: torch's 10 minutes (nccl) or 30 (gloo) are less than a batch
 # of samples, a shard of latents or a checkpoint of many GB can take.

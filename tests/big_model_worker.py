@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 from launch import REPO
 
-from train_deepspeed import DeepSpeedTrainer, build_deepspeed_parser
+from train_deepspeed import build_deepspeed_parser
 from training import zero
 from training.job import prepare
 from training.loop import latent_batches
+from training.zero_trainer import DeepSpeedTrainer
 
 
 def peak() -> float:

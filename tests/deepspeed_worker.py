@@ -22,14 +22,15 @@ from checkpoint.state import latest_checkpoint, save_safetensors
 from common import process
 from models import Routing
 from routing import LoadCounter
-from train import DdpTrainer
-from train_deepspeed import DeepSpeedTrainer, build_deepspeed_parser
+from train_deepspeed import build_deepspeed_parser
 from training import zero
+from training.ddp import DdpTrainer
 from training.flags import build_parser
 from training.initial import initial_weights
 from training.job import build_model, prepare
 from training.memory import rank_memory
 from training.zero_config import zero_stage
+from training.zero_trainer import DeepSpeedTrainer
 
 CASES = ("stage 0", "stage 2", "stage 3", "stage 3 + offload")
 FILES = {"stage 2": "zero2", "stage 3": "zero3", "stage 3 + offload": "zero3_offload"}

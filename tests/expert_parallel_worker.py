@@ -20,7 +20,7 @@ from checkpoint.state import latest_checkpoint
 from common import process
 from models import DiT
 from routing import LoadCounter
-from train import DdpTrainer, ExpertParallelTrainer
+from training.ddp import DdpTrainer, ExpertParallelTrainer
 from training.expert_parallel import ExpertParallel
 from training.flags import build_parser
 from training.initial import initial_weights

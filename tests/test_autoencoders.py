@@ -20,7 +20,9 @@ from data import VAE, draw_latents, load_dataset, load_vae, make_loader, open_da
 from data.latent_cache import CachedLatents
 from data.latent_index import cache_index, write_index
 from models import DiT_models
-from train import DdpTrainer
+from sampling.grid import draw
+from sampling.opening import open_run
+from training.ddp import DdpTrainer
 from training.flags import build_parser
 from training.job import prepare
 from training.loop import launch
@@ -172,9 +174,9 @@ def test_a_model_of_normed_latents_draws_the_same_pixels_by_every_reader(
     pipe: Any = DiffusionPipeline.from_pretrained(str(tmp_path / "pipe"), trust_remote_code=True)
     pipe.set_progress_bar_config(disable=True)
     images = pipe([0, 1], seed=0, num_inference_steps=3, output_type="pt").images
-    opened = sample.open_run(run, device=torch.device("cpu"), dtype="fp32")
+    opened = open_run(run, device=torch.device("cpu"), dtype="fp32")
     args = sample.build_parser().parse_args(["--ckpt", str(run), "--num-sampling-steps", "3"])
-    ours = sample.draw(opened, torch.tensor([0, 1]), args, torch.device("cpu"))
+    ours = draw(opened, torch.tensor([0, 1]), args, torch.device("cpu"))
     assert_close(images, ours, rtol=0, atol=0)
     without = open_vae(inputs / kind)
     assert isinstance(opened.vae, VAE) and opened.vae.norm is not None

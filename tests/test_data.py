@@ -26,7 +26,7 @@ from data import (
     make_loader,
     vae_files,
 )
-from train import DdpTrainer
+from training.ddp import DdpTrainer
 from training.flags import build_parser
 from training.loop import launch
 

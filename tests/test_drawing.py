@@ -27,6 +27,7 @@ from sampling.drawing import (
     model_time,
     route_picture,
 )
+from sampling.grid import draw as grid_images
 from sampling.opening import DrawingRun, open_run
 
 CONFIG = dataclasses.replace(TINY_DIGITS, depth=12)
@@ -68,7 +69,7 @@ def test_the_command_of_a_drawing_draws_its_pictures(
     script, *flags = shlex.split(asked.command(str(ckpt), run.class_names))[1:]
     args = sample.build_parser().parse_args(flags)
     assert script == "sample.py" and args.labels == ["two three"]
-    images = sample.draw(run, torch.tensor([2, 2, 2]), args, CPU)
+    images = grid_images(run, torch.tensor([2, 2, 2]), args, CPU)
     expected = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     assert (drawing.pictures(-1) == expected).all()
 

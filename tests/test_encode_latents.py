@@ -21,7 +21,7 @@ from common.files import DamagedFileError, file_crc32
 from data import VAE, load_dataset, load_vae, make_loader
 from data.latent_cache import CachedLatents, open_data
 from data.latent_index import cache_index
-from train import DdpTrainer
+from training.ddp import DdpTrainer
 from training.flags import build_parser
 from training.loop import launch
 

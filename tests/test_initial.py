@@ -19,7 +19,7 @@ from checkpoint.state import checkpoint_path, load_checkpoint, save_safetensors
 from checkpoint.weights import load_model
 from common.errors import UserError
 from models import DiT, DiTConfig, initialize_parameter, sincos_pos_embed
-from train import DdpTrainer
+from training.ddp import DdpTrainer
 from training.flags import build_parser
 from training.initial import label_rows
 from training.job import Job, describe, prepare

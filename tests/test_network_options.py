@@ -18,7 +18,7 @@ from checkpoint.weights import load_model
 from common.errors import UserError
 from models import Attention, DiT, DiT_models, DiTConfig, RMSNorm, rotate
 from moe_ops import swiglu
-from train import DdpTrainer
+from training.ddp import DdpTrainer
 from training.flags import build_parser
 from training.loop import launch
 

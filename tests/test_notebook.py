@@ -17,7 +17,7 @@ import convert
 from checkpoint.weights import load_model
 from diffusion import create_diffusion
 from models import DiT
-from train import DdpTrainer
+from training.ddp import DdpTrainer
 from training.flags import build_parser
 from training.loop import launch
 

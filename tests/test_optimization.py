@@ -19,8 +19,8 @@ from checkpoint.state import checkpoint_path, load_checkpoint
 from checkpoint.weights import load_model
 from common.errors import UserError
 from sampling.opening import open_run
-from train import DdpTrainer
 from train_deepspeed import build_deepspeed_parser
+from training.ddp import DdpTrainer
 from training.flags import build_parser
 from training.job import prepare
 from training.loop import launch

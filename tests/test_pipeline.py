@@ -91,7 +91,7 @@ def tiny_vae(folder: Path) -> Path:
 def draw_by_sample(source: Path, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """Return the images that sample.py puts in its grid."""
     grids: list[Tensor] = []
-    monkeypatch.setattr(sample, "save_grid", lambda images, *_, **__: grids.append(images))
+    monkeypatch.setattr("common.pictures.save_grid", lambda images, *_, **__: grids.append(images))
     flags = ["--dtype", "float32", "--num-sampling-steps", "3", "--cfg-scale", "2", "--seed", "7"]
     labels = ["--labels", "0", "1", "2", "a", "--num-per-class", "1"]
     helpers.run_main(sample, "--ckpt", source, *flags, *labels)

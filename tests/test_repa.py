@@ -20,7 +20,7 @@ from common.errors import UserError
 from data import load_dataset
 from data.latent_cache import CachedLatents
 from data.latent_features import CachedFeatures
-from train import DdpTrainer
+from training.ddp import DdpTrainer
 from training.flags import build_parser
 from training.job import prepare
 from training.loop import latent_batches, launch, micro_loss

@@ -14,7 +14,7 @@ from PIL import Image
 from checkpoint.state import checkpoint_path, load_checkpoint
 from common import process
 from common.errors import FileError, UserError
-from train import DdpTrainer
+from training.ddp import DdpTrainer
 from training.flags import build_parser
 from training.job import Job, prepare
 from training.loop import launch

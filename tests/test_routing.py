@@ -19,7 +19,7 @@ from routing import (
     max_violation,
     tokens_per_expert,
 )
-from train import DdpTrainer
+from training.ddp import DdpTrainer
 from training.flags import build_parser
 from training.loop import launch
 

@@ -16,7 +16,8 @@ from checkpoint.layouts import to_published
 from checkpoint.state import checkpoint_path, save_checkpoint, save_safetensors
 from common.errors import FileError
 from models import DiT, DiT_models, DiTConfig
-from sample import arrange, build_parser, columns_per_class, default_out, main
+from sample import build_parser, columns_per_class, default_out, main
+from sampling.grid import arrange
 
 CONFIG = dataclasses.replace(TINY, in_channels=1, qk_norm=False)
 SETTINGS = {"objective": "rf", "vae_path": "none", "class_names": ["ant", "bee", "cat"]}
@@ -235,7 +236,7 @@ def test_a_picture_is_never_written_over_a_checkpoint(run: Path, tmp_path: Path)
 def test_where_nothing_can_be_written_nothing_is_drawn(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sample.open_run", None)  # it is not called
+    monkeypatch.setattr("sampling.opening.open_run", None)  # it is not called
     (tmp_path / "file").touch()
     with pytest.raises(FileError, match="file is no folder that this user may write to"):
         sample(run, tmp_path / "file" / "grid.png")

@@ -31,8 +31,8 @@ from train_worker import (
 
 from checkpoint.state import checkpoint_path, latest_checkpoint, load_checkpoint
 from common.errors import UserError
-from train import DdpTrainer
 from training import loop as train_loop
+from training.ddp import DdpTrainer
 from training.flags import build_parser
 from training.loop import launch
 
@@ -332,7 +332,7 @@ def test_weights_rounded_once_a_step_make_the_updates_of_weights_rounded_at_ever
     flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     once = make_updates("--precision", "bf16", *flags)
-    monkeypatch.setattr("train.rounded_once", lambda *_: nullcontext())
+    monkeypatch.setattr("training.ddp.rounded_once", lambda *_: nullcontext())
     always = make_updates("--precision", "bf16", *flags)
     for ours, theirs in zip(once, always, strict=True):
         assert_close(ours, theirs, rtol=0, atol=0)
@@ -352,7 +352,7 @@ def test_weights_that_become_nan_are_never_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = train(tmp_path, "--max-steps", "1")
-    monkeypatch.setattr("train.clip_grad_norm_", spoil_gradients)
+    monkeypatch.setattr("training.ddp.clip_grad_norm_", spoil_gradients)
     flags = ("--max-steps", "9", "--ckpt-every", "2", "--log-every", "3")
     with pytest.raises(UserError, match=r"grad_norm is nan after step 2; .*--lr"):
         train(tmp_path, *flags)
@@ -493,7 +493,7 @@ def test_a_run_ended_by_nan_has_its_curves_until_then_and_no_hooks_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
-    monkeypatch.setattr("train.clip_grad_norm_", spoil_gradients)
+    monkeypatch.setattr("training.ddp.clip_grad_norm_", spoil_gradients)
     arguments = [*TINY_RUN, "--results-dir", str(tmp_path), "--max-steps", "9", "--log-every", "9"]
 
     def make(job: Any) -> DdpTrainer:

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from checkpoint.state import save_safetensors
 from common.errors import UserError
-from train import DdpTrainer
+from training.ddp import DdpTrainer
 from training.flags import build_parser
 from training.job import Job, prepare
 from training.loop import micro_loss

@@ -18,7 +18,7 @@ from checkpoint.weights import load_model
 from common.errors import UserError
 from models import DiT_models
 from routing import LoadCounter
-from train import DdpTrainer
+from training.ddp import DdpTrainer
 from training.flags import build_parser
 from training.initial import initial_weights
 from training.job import Ema, Job, build_model, describe, prepare

@@ -22,7 +22,7 @@ from data.datasets import hold_out
 from data.latent_cache import CachedLatents
 from models import DiTConfig
 from sampling.loss import loss_on_images
-from train import DdpTrainer
+from training.ddp import DdpTrainer
 from training.flags import build_parser
 from training.job import Job, prepare
 from training.loop import launch

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from common import process
 from routing import LoadCounter
-from train import DdpTrainer
+from training.ddp import DdpTrainer
 from training.flags import build_parser
 from training.job import prepare
 from training.reporter import draw_grid

@@ -11,7 +11,7 @@ from common.flags import (
     number,
     seed,
 )
-from models import BALANCE_TERMS, DiT_models
+from common.names import BALANCE_TERMS, MODELS
 from training.config_file import FLAG, ConfigParser
 from training.optimization_flags import (
     add_objective_flags,
@@ -113,8 +113,8 @@ def _add_data_flags(data: FlagGroup) -> None:
 def _add_model_flags(model: FlagGroup) -> None:
     model.add(
         "--model",
-        **model_size(DiT_models),
-        help=f"Size and patch of the network, one of {in_groups(DiT_models)}; to be given.",
+        **model_size(MODELS),
+        help=f"Size and patch of the network, one of {in_groups(MODELS)}; to be given.",
     )
     model.add(
         "--num-classes",
