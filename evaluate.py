@@ -227,6 +227,7 @@ class SampleRun:
             "cfg_rescale": self.args.cfg_rescale,
             "time_shift": self.args.time_shift,
             "guide": self.guide_hash,
+            "compile": self.args.compile,
         }
         return {
             "checkpoint": self.hash,

@@ -1056,6 +1056,19 @@ class DiT(nn.Module, PyTorchModelHubMixin, library_name="dit-moe"):
             if isinstance(module, Attention):
                 module.use_flash_attn = enabled
 
+    def compile_blocks(self, dynamic: bool | None = None) -> None:
+        """Compile every block in place; but not how tokens travel between ranks.
+
+        Args:
+            dynamic: False makes a graph for each shape of a batch; None, from the second, for any.
+        """
+        for block in self.blocks:
+            moe: Any = block.moe if block.is_moe else None
+            travels = moe is not None and moe.exchange is not None
+            if travels:
+                moe.exchange = torch.compiler.disable(moe.exchange)
+            block.compile(fullgraph=not travels, dynamic=dynamic)
+
     def unpatchify(self, x: Tensor) -> Tensor:
         """Reassemble (N, T, P*P*C) tokens into (N, C, H, W)."""
         p, size = self.config.patch_size, self.config.input_size // self.config.patch_size

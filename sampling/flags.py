@@ -32,7 +32,7 @@ def drawing_flags(
         quantize: whether it has `--quantize`.
         offload: whether it has `--offload`.
         guide: whether it has `--guide-ckpt`.
-        ranks: whether it has `--expert-parallel`.
+        ranks: whether it has `--expert-parallel` and `--compile`, which is for many images.
     """
     group = parser.group("Model")
     group.add(
@@ -91,6 +91,12 @@ def _add_memory_flags(group: FlagGroup, *, quantize: bool, offload: bool, ranks:
             metavar="N",
             help="Number of neighbouring ranks, under torchrun, that hold the experts together.",
         )
+        group.add(
+            "--compile",
+            default=False,
+            **flag,
+            help="Compile every block, once for each shape of a batch: minutes, for many steps.",
+        )
     if offload:
         group.add(
             "--offload",
@@ -108,6 +114,7 @@ def drawing_options(args: argparse.Namespace) -> dict[str, Any]:
         "dtype",
         "quantize",
         "offload",
+        "compile",
         "vae_path",
         "time_shift",
         "guide_ckpt",

@@ -77,6 +77,7 @@ def open_run(
     time_shift: float | None = None,
     guide_ckpt: str | Path | None = None,
     expert_parallel: int | None = None,
+    compile: bool = False,
 ) -> DrawingRun:
     """Open a checkpoint for drawing; what does not fit is refused before weights are read.
 
@@ -93,6 +94,7 @@ def open_run(
             it, any other is compared with it. None says nothing.
         time_shift: of rectified flow's steps; None: that of the checkpoint.
         guide_ckpt: checkpoint of ours whose model guides, of the same data and objective.
+        compile: whether to compile the blocks, for shapes that do not change.
         expert_parallel: ranks that hold the experts together; all must draw equally often then.
 
     Raises:
@@ -105,6 +107,8 @@ def open_run(
     config, settings = weights.config, weights.settings
     check_told(path, told, config)
     check_options(weights, device, quantize=quantize, offload=offload)
+    if compile and (quantize or offload):
+        raise UserError("--compile goes with neither --quantize nor --offload")
     options: dict[str, Any] = {"quantize": quantize, "offload": offload}
     if expert_parallel is not None:
         options["group"] = expert_group(expert_parallel, config, alone=not (quantize or offload))
@@ -119,6 +123,9 @@ def open_run(
     options |= {"dtype": process.pick_dtype(dtype, device), "device": device}
     model = build_for_sampling(weights, **options)
     guide = None if guiding is None else build_for_sampling(guiding, **options)
+    for built in (model, guide) if compile else ():
+        if built is not None:
+            built.compile_blocks(dynamic=False)
     return DrawingRun(weights.path, model, diffusion, vae, vae_path, settings, guide)
 
 

@@ -26,7 +26,7 @@ from common import process
 from common.errors import blamed_on
 from moe_ops import rounded_once
 from training.expert_parallel import ExpertParallel
-from training.job import Ema, Job, compile_blocks, describe
+from training.job import Ema, Job, describe
 from training.loop import (
     Batch,
     all_finite,
@@ -81,7 +81,7 @@ class DdpTrainer:
         fp16 = self.settings.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.rt.device.type, enabled=fp16)
         if self.settings.compile:
-            compile_blocks(self.model)
+            self.model.compile_blocks()
         if self.rt.world_size > 1:
             devices = [self.rt.device] if self.rt.device.type == "cuda" else None
             self.wrapped = DistributedDataParallel(

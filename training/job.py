@@ -10,7 +10,7 @@ import copy
 import json
 import logging
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -184,16 +184,6 @@ def told_start(settings: TrainSettings, model: DiT) -> list[str]:
         return []
     initial = open_initial(settings)
     return listing(settings, plan_start(settings, model.config, initial))
-
-
-def compile_blocks(model: DiT) -> None:
-    """Compile every block in place, by `--compile`; but not how tokens travel between ranks."""
-    for block in model.blocks:
-        moe: Any = block.moe if block.is_moe else None
-        travels = moe is not None and moe.exchange is not None
-        if travels:
-            moe.exchange = torch.compiler.disable(moe.exchange)
-        block.compile(fullgraph=not travels)
 
 
 def describe(job: Job) -> str:

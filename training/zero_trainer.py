@@ -12,7 +12,7 @@ from checkpoint.weights import average_kinds, average_name
 from common import process
 from training import zero
 from training.initial import initial_weights
-from training.job import Job, compile_blocks, describe
+from training.job import Job, describe
 from training.loop import (
     Batch,
     all_finite,
@@ -38,7 +38,7 @@ class DeepSpeedTrainer:
         assert self.settings.deepspeed_config is not None  # its flag has a default
         config = engine_config(self.settings, read_config(self.settings.deepspeed_config))
         if self.settings.compile:
-            compile_blocks(job.model)
+            job.model.compile_blocks()
         self.engine = zero.build_engine(job.model, config, self.settings, self.rt)
         self.optimizer = self.engine.optimizer
         for name, value in initial_weights(self.settings, job.model.config, self.shapes):
