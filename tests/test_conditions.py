@@ -3,6 +3,7 @@
 import dataclasses
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def test_times_of_a_sampler_are_those_its_model_is_called_with(
         return model(x, t, y)
 
     noise, labels = torch.randn(2, 1, config.input_size, config.input_size), torch.tensor([0, 1])
-    options = {"sampler": sampler, "num_steps": 7}
+    options: dict[str, Any] = {"sampler": sampler, "num_steps": 7}
     diffusion.sample(record, noise, labels, **options, cfg_scale=2.0, null_label=config.null_label)
     assert set(evaluation_times(diffusion, learn_sigma=learn_sigma, **options)) == seen
 
@@ -53,7 +54,7 @@ def test_looking_conditions_up_draws_the_same_latents_at_twelve_blocks(
     diffusion = create_diffusion(objective, learn_sigma=DEEP.learn_sigma)
     model, labels = random_model(DEEP, std=0.1).eval(), torch.tensor([2, 0, 2])
     noise = torch.randn(3, 1, DEEP.input_size, DEEP.input_size)
-    options = {"sampler": sampler, "num_steps": 5}
+    options: dict[str, Any] = {"sampler": sampler, "num_steps": 5}
     sampled = partial(
         diffusion.sample, model, noise, labels, cfg_scale=2.0, null_label=DEEP.null_label, **options
     )
