@@ -68,6 +68,7 @@ from common.files import atomic_write, make_writable
 from common.flags import FlagParser, number
 from diffusion import create_diffusion
 from models import DiT, DiT_models, DiTConfig, MoE, SwiGLU
+from moe_ops import rounded_once
 from training.job import Ema
 
 EXPERTS, EXPERTS_PER_TOK, TOKEN_SHARES = (4, 8, 16, 32, 64), (1, 2, 4), (16, 8, 4, 2, 1)
@@ -219,6 +220,15 @@ class TrainingStep:
             self.ema.update()
         watch.seconds["step"] = sum(watch.seconds.values())
 
+    def pass_over_state(self, dtype: torch.dtype, watch: Stopwatch, _round: int) -> None:
+        """Clip, update and average with the gradients there are, and round as a step begins."""
+        with watch.part("state"):
+            nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
+            self.ema.update()
+            with rounded_once(self.model.mlp_weights(), dtype):
+                pass
+
 
 def random_batch(
     config: DiTConfig, images: int, device: torch.device, seed: int
@@ -267,6 +277,34 @@ def measure_step(bench: Bench, config: DiTConfig) -> None:
     bench.report("step", config, laps, reference)
 
 
+def measure_state(bench: Bench, config: DiTConfig) -> None:
+    """(h) What passes over the state in a bf16 step, against a copy of one pass's bytes.
+
+    Those are 42 a parameter: gradient (twice, the norm comes first), weight, moments and average
+    read, all but the gradient written, and the rounded weight.
+    """
+    config = dataclasses.replace(config, depth=max(1, config.depth // 2))  # three models at once
+    precision = Precision("bf16", True)
+    contestants: dict[Entry, Run] = {}
+    for name, naive in (("ours", False), ("naive", True)):
+        training = TrainingStep(config, bench.device, naive)
+        for parameter in training.parameters:
+            parameter.grad = torch.randn_like(parameter)
+        run = partial(training.pass_over_state, torch.bfloat16)
+        contestants[Entry(name, precision, 0)] = run
+    count = sum(p.numel() for p in training.parameters)
+    source = torch.randn(21 * count // 4, device=bench.device)
+    target = torch.empty_like(source)
+
+    def copy_bytes(watch: Stopwatch, _round: int) -> None:
+        with watch.part("state"):
+            target.copy_(source)
+
+    contestants[Entry("bare copy", precision, 0)] = copy_bytes
+    bench.heading("state", config, f"{count / 1e6:.0f} million parameters; speed: against the copy")
+    bench.report("state", config, bench.alternate(contestants), f"bare copy {precision.name}")
+
+
 def state_bytes(config: DiTConfig) -> int:
     """Count what training holds in float32: weights, gradients, two AdamW moments, EMA."""
     with torch.device("meta"):
@@ -313,8 +351,14 @@ def sample_run(model: DiT, images: int, device: torch.device) -> Run:
     return run
 
 
-def measure_growth(bench: Bench, config: DiTConfig) -> None:
-    """(e) Our layer with more experts, more experts a token, and fewer tokens."""
+def measure_growth(bench: Bench, config: DiTConfig, ends_only: bool = False) -> None:
+    """(e) Our layer with more experts, more experts a token, and fewer tokens.
+
+    Args:
+        bench: of this run.
+        config: of the model.
+        ends_only: its own number of experts and the largest one, nothing else.
+    """
     images = 2 * bench.args.batch_size
     tokens, E, K = (linear_layers(config, images)[0].rows, config.num_experts,
                     config.num_experts_per_tok)  # fmt: skip
@@ -326,6 +370,8 @@ def measure_growth(bench: Bench, config: DiTConfig) -> None:
             *((E, K, tokens // share) for share in TOKEN_SHARES),
         ]
     )
+    if ends_only:
+        cases = dict.fromkeys([(E, K, tokens), (EXPERTS[-1], K, tokens)])
     batches = random_tokens(bench, tokens, config.hidden_size)
     bench.heading("growth", config, f"speed: against E={E} K={K} M={tokens}")
     for precision in layer_precisions(bench):
@@ -406,6 +452,8 @@ PARTS: dict[str, Callable[[Bench, DiTConfig], None]] = {
     "step": measure_step,
     "sample": measure_sample,
     "growth": measure_growth,
+    "ends": partial(measure_growth, ends_only=True),
+    "state": measure_state,
     "memory": measure_memory,
     "cuda": measure_cuda,
     "families": measure_families,
