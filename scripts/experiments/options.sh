@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Schedules, optimizers, objectives, samplers and guidance against the paper's recipe, at equal steps
-# of a small Fashion-MNIST model, three seeds each; writes docs/results/options.json and the table of
+# of a small Fashion-MNIST model (DiT-Ti/8: 16 experts of width D, one
+# a token, one shared), three seeds each; writes docs/results/options.json and the table of
 # docs/RESULTS.md:
 #   bash scripts/experiments/options.sh
 # Two runs at a time, one thread each. What is done stays done; the same command again goes on.
@@ -9,7 +10,7 @@
 #   REPA=timm:tf_efficientnet_lite0:FILE with the package's .pth file.
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 
-export STEPS=${STEPS:-600} OUT=${OUT:-results/options} NUM_SAMPLES=${NUM_SAMPLES:-1000}
+export STEPS=${STEPS:-1000} OUT=${OUT:-results/options} NUM_SAMPLES=${NUM_SAMPLES:-1000}
 export OMP_NUM_THREADS=1 REPA=${REPA:-}
 
 train() { # name, seed, flags...
@@ -17,8 +18,9 @@ train() { # name, seed, flags...
   shift 2
   [ -e "$OUT/$run/done" ] && return
   python train.py --results-dir "$OUT" --run-name "$run" --seed "$seed" --data-path fashion-mnist \
-    --model DiT-Ti/8 --max-steps "$STEPS" --global-batch-size 64 --lr 1e-3 --warmup-steps 100 \
-    --ema-decay 0.99 --precision fp32 --log-every 50 --ckpt-every "$STEPS" --sample-every 0 \
+    --model DiT-Ti/8 --num-experts 16 --num-experts-per-tok 1 --mlp-ratio 1 --num-shared-experts 1 \
+    --max-steps "$STEPS" --global-batch-size 64 --lr 1e-3 \
+    --warmup-steps 100 --ema-decay 0.99 --precision fp32 --log-every 50 --ckpt-every "$STEPS" --sample-every 0 \
     "$@" >"$OUT/$run.log" 2>&1 || { tail -n 5 "$OUT/$run.log"; return 1; }
   touch "$OUT/$run/done"
   echo "$(date +%T) trained $run"

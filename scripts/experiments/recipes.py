@@ -36,7 +36,7 @@ from models import DiT, DiTConfig, Routing, TopKRouter
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/RECIPES.md"
 BEGIN, END = "<!-- measured: written by recipes.py page -->", "<!-- end of measured -->"
-DATA, NUM_SAMPLES, NUM_CURVE_POINTS = "fashion-mnist", 5000, 6
+DATA, NUM_SAMPLES, NUM_CURVE_POINTS = "fashion-mnist", 2000, 6
 COMMON = (  # of all runs; a token passes an MLP 2D wide in each block
     *("--data-path", DATA, "--flip", "--model", "DiT-Ti/8", "--mlp-type", "swiglu"),
     *("--rf", "--time-scale", "1000", "--dense-mlp-ratio", "2"),
@@ -389,7 +389,7 @@ def build_flags() -> argparse.ArgumentParser:
     one, page = commands.add_parser("run"), commands.add_parser("page")
     one.add_argument("variant", choices=VARIANTS)
     one.add_argument("seed", type=int)
-    one.add_argument("--steps", type=int, default=6000)
+    one.add_argument("--steps", type=int, default=2000)
     one.add_argument("--num-samples", type=int, default=NUM_SAMPLES)
     one.add_argument("--results", type=Path, default=Path("results/recipes"))
     for command in (one, page):

@@ -8,7 +8,7 @@
 # shell adds as many. SEEDS, STEPS, OUT and DOCS make it another experiment.
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 
-export STEPS=${STEPS:-6000} OUT=${OUT:-results/recipes} DOCS=${DOCS:-docs/results/recipes}
+export STEPS=${STEPS:-2000} OUT=${OUT:-results/recipes} DOCS=${DOCS:-docs/results/recipes}
 mkdir -p "$OUT" "$DOCS"
 python -c "
 from pathlib import Path
