@@ -12,6 +12,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from cycler import cycler
 from matplotlib import pyplot as plt
 from matplotlib.colors import TwoSlopeNorm, to_hex, to_rgb
 
@@ -19,10 +20,6 @@ from common.errors import FileError, UserError
 from common.files import atomic_write, make_writable
 from common.flags import FlagParser, number
 from routing.tables import HALVES, UNCONDITIONAL, RoutingData, refuse_foreign
-
-mpl.use("Agg")
-mpl.rcParams["text.parse_math"] = False  # a class may be called "$5"
-mpl.rcParams["text.usetex"] = False
 
 FORMATS = (".png", ".svg", ".pdf")
 MAKER = "DiT-MoE routing figure"  # in the metadata of every file, so that it is known again
@@ -34,6 +31,16 @@ EXPERT_COLORS = (
     *("#E69F00", "#56B4E9", "#009E73", "#F0E442"),
     *("#0072B2", "#D55E00", "#CC79A7", "#000000"),
 )
+# The same for lines on white, without the yellow that is too light for them.
+LINE_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLE = {  # of every figure here and in scripts/
+    "text.parse_math": False,  # a class may be called "$5"
+    "text.usetex": False,
+    "axes.prop_cycle": cycler(color=LINE_COLORS),
+}
+mpl.use("Agg")
+mpl.rcParams.update(STYLE)
+
 OVERLAY = 0.85  # opacity of expert colours over a picture
 # Grays of that picture, 0 = black: a narrow range, so that a dark patch makes no other expert.
 FAINT = (0.3, 0.7)

@@ -36,6 +36,19 @@ def test_every_link_and_picture_of_every_markdown_file_is_in_git():
     assert not lost, lost
 
 
+def test_every_picture_of_the_docs_has_one_script_that_makes_it():
+    listing = ["bash", str(ROOT / "scripts/figures.sh"), "--list"]
+    if not (ROOT / ".venv").exists():
+        pytest.skip("the script would make its own .venv")
+    listed = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    makers = [line.split() for line in listed.splitlines()]
+    assert len(makers) > 5 and all((ROOT / script).is_file() for _, script in makers)
+    for picture in (file for file in tracked_files() if file.suffix == ".png"):
+        name = picture.relative_to(ROOT)
+        if name.parts[0] == "docs":
+            assert sum(name.match(pictures) for pictures, _ in makers) == 1, name
+
+
 def test_ignored_folders_are_those_at_the_root_only():
     folders = [line for line in (ROOT / ".gitignore").read_text().split() if line.endswith("/")]
     anchored = {"/results/", "/samples/", "/downloads/"}
@@ -48,13 +61,19 @@ def test_ignored_folders_are_those_at_the_root_only():
     }
 
 
+def blocks() -> list[tuple[str, str]]:
+    """Return page and text of every bash block of the README and of docs/."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    of_bash = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    return [(page.name, block) for page in pages for block in of_bash.findall(page.read_text())]
+
+
 def commands() -> list[tuple[str, str]]:
-    """Return page and text of every command in a bash block of the README and of docs/."""
+    """Return page and text of every command in their blocks."""
     found = []
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
-            lines = re.sub(r"(\\|\|)\n\s*", " ", block).splitlines()
-            found += [(page.name, line) for line in lines if line and not line.startswith("#")]
+    for page, block in blocks():
+        lines = re.sub(r"(\\|\|)\n\s*", " ", block).splitlines()
+        found += [(page, line) for line in lines if line and not line.startswith("#")]
     return found
 
 

@@ -11,14 +11,15 @@ import argparse
 import json
 import re
 import statistics
+import sys
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib import pyplot as plt
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import routing.figures  # noqa: F401  sets the style of every figure
 
 FD, LOSS, READ = "FD (classifier features)", "loss on test images", "read as the class asked for"
 CLAIMS = {  # claim -> its variants, the first one is what the others are compared with

@@ -17,13 +17,11 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from collect import FD, LOSS, READ, read_events
+from matplotlib import pyplot as plt
 from PIL import Image
 
 from common import process
@@ -32,6 +30,7 @@ from common.files import atomic_write
 from data import load_dataset
 from evaluate import SampleRun, build_parser, loss_of
 from models import DiT, DiTConfig, Routing, TopKRouter
+from routing.figures import LINE_COLORS
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/RECIPES.md"
@@ -61,6 +60,7 @@ def recipe(name: str, flags: str) -> str:
 FINE = "--num-experts 32 --num-experts-per-tok 2 --mlp-ratio 0.5 --num-shared-experts 1"
 HALF = "--num-experts 16 --num-experts-per-tok 1 --mlp-ratio 1 --num-shared-experts 1"
 WHOLE = "--num-experts 8 --num-experts-per-tok 1 --mlp-ratio 2 --num-shared-experts 0"
+QUARTER = "--num-experts 32 --num-experts-per-tok 4 --mlp-ratio 0.5 --num-shared-experts 0"
 PAPER = recipe("dit_moe", FINE)
 VARIANTS = {
     # the ends of the headroom
@@ -83,6 +83,14 @@ VARIANTS = {
     ),
     "ec_shared": Variant(
         "16 of D, D shared, all blocks", recipe("ec_dit", f"{HALF} --moe-blocks all")
+    ),
+    "ec_all": Variant("8 of 2D, all blocks", recipe("ec_dit", f"{WHOLE} --moe-blocks all")),
+    "batch_fine": Variant(
+        "32 of D/2, 4 a token, all blocks", recipe("diffmoe", f"{QUARTER} --moe-blocks all")
+    ),
+    "batch_sigmoid": Variant(
+        "8 of 2D by sigmoid, all blocks",
+        recipe("diffmoe", f"{WHOLE} --moe-blocks all --affinity sigmoid"),
     ),
     "sigmoid1": Variant(
         "16 of D, 1 a token, raw sigmoid, bias 1e-2, D shared",
@@ -347,9 +355,10 @@ def write_page(docs: Path) -> None:
 def draw_curves(runs: Runs, path: Path) -> None:
     """Draw test losses over steps, and how they compare with dense's of the same seed."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, 6), layout="constrained")
-    styles = ["-", "--", ":"]
+    styles = ["-", "--", ":", "-."]
     for index, (name, of_seeds) in enumerate(runs.items()):
-        look = {"color": f"C{index % 10}", "linestyle": styles[index // 10 % 3], "label": name}
+        row, column = divmod(index, len(LINE_COLORS))
+        look = {"color": LINE_COLORS[column], "linestyle": styles[row], "label": name}
         curves = {seed: values["test_loss"] for seed, values in of_seeds.items()}
         steps = sorted(next(iter(curves.values())), key=int)
         mean = [statistics.mean(curve[step] for curve in curves.values()) for step in steps]
