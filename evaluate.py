@@ -32,7 +32,7 @@ from common.files import atomic_write, make_writable
 from common.flags import FlagParser, number, sampling_flags, sampling_options
 from data import ImageDataset, load_dataset
 from data.latent_cache import vae_identity
-from evaluation.classifiers import EPOCHS, load_classifier
+from evaluation.classifiers import EPOCHS
 from evaluation.comparison import (
     Look,
     Witness,
@@ -45,25 +45,16 @@ from evaluation.comparison import (
     open_images,
     reference_statistics,
 )
-from evaluation.encoders import (
-    DEFAULT_BACKBONE,
-    PREFIX,
-    ReaderResult,
-    TimmExtractor,
-    open_encoder,
-    train_reader,
-)
-from evaluation.features import (
-    ClassifierExtractor,
-    Extractor,
-    InceptionExtractor,
-    find_inception_weights,
-)
+from evaluation.encoders import DEFAULT_BACKBONE
+from evaluation.features import find_inception_weights
+from evaluation.flags import REFERENCES, features_flag
 from evaluation.image_sets import DatasetSet, FolderSet, ImageSet, NpzSet
+from evaluation.judging import features_for, load_extractor, load_witness
 from evaluation.metrics import Statistics, compare
 from evaluation.sample_files import SampleFiles, read_object, write_object
 from sampling.flags import drawing_flags, drawing_options
-from sampling.loss import generator, loss_on_images
+from sampling.loss import loss_on_images
+from sampling.numbered import draw_numbered
 from sampling.opening import open_run
 
 LOSS_IMAGES = 2000  # real images whose loss is measured, LOSS_DRAWS times each
@@ -142,16 +133,9 @@ def _reference_flags(parser: FlagParser) -> None:
     real.add("--inception-weights", help="File of torch-fidelity. Default: it is downloaded.")
     real.add(
         "--cache",
-        default="results/references",
+        default=REFERENCES,
         help="Folder of trained classifiers and of the statistics of references.",
     )
-
-
-def features_flag(text: str) -> str:
-    """Check the value of `--features`."""
-    if text not in ("inception", "classifier") and not text.startswith(PREFIX):
-        raise argparse.ArgumentTypeError(f"{text} is not inception, classifier or {PREFIX}NAME")
-    return text
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -175,11 +159,6 @@ def check_flags(args: argparse.Namespace) -> None:
     judged_by = args.features or (args.reference and features_for(args.reference))
     if judged_by == "inception" and weights is None:
         find_inception_weights()
-
-
-def features_for(reference: str) -> str:
-    """Return the default of `--features`."""
-    return "classifier" if reference in EPOCHS else "inception"
 
 
 # ------------------------------------------------------------------------------ samples
@@ -241,20 +220,12 @@ class SampleRun:
 
     def draw(self, seed: int, first: int, stop: int) -> Tensor:
         """Draw samples first..stop-1 of a seed, (N, C, S, S) uint8 on the CPU."""
-        config, y = self.opened.config, self.labels[first:stop]
-        generators = [generator(seed, index) for index in range(first, first + len(y))]
-        shape = (config.in_channels, config.input_size, config.input_size)
-        noise = torch.stack([torch.randn(shape, generator=one) for one in generators])
-        latents = self.opened.diffusion.sample(
-            self.opened.model,
-            noise.to(self.rt.device),
-            y.to(self.rt.device),
+        opened = self.opened
+        return draw_numbered(
+            opened.model, opened.config, opened.diffusion, opened.vae, self.labels[first:stop],
+            seed=seed, first=first, device=self.rt.device, guide=opened.guide,
             **sampling_options(self.args),
-            null_label=config.null_label,
-            guide=self.opened.guide,
-            generator=generators,
-        )
-        return ((self.opened.vae.decode(latents) + 1) * 127.5).round().to(torch.uint8).cpu()
+        )  # fmt: skip
 
 
 def draw_samples(samples: SampleRun, seed: int, out: Path) -> tuple[Path, float]:
@@ -338,51 +309,20 @@ def default_out(args: argparse.Namespace, samples: SampleRun | None) -> str:
     return f"results/evaluation/{samples.name}-{name}-{args.num_samples}"
 
 
-def load_witness(
+def open_eyes(
     args: argparse.Namespace, reference: ImageSet, rt: process.Runtime
-) -> Witness | None:
-    """Return what reads samples, trained if it must be: a data set's own classifier, or a reader.
-
-    None where other features are compared.
-
-    Raises:
-        UserError: `--features classifier`, and the reference tells no classes.
-    """
-    named = args.reference in EPOCHS
+) -> tuple[Witness | None, Look]:
+    """Return what reads samples, if anything does, and how images are looked at."""
     args.features = args.features or features_for(args.reference)
-    if args.features != "classifier" and not named:
-        return None
-    cache = process.call_on_main(make_writable, args.cache, "--cache")
-    if named:
-        witness: Witness = process.call_on_main(
-            load_classifier, args.reference, cache, args.fashion_mnist_root
-        )
-    else:
-        if not isinstance(reference, DatasetSet):
-            raise UserError(f"--features classifier: {args.reference} tells no classes")
-        encoder = open_encoder(args.backbone, rt.device)
-        source = describe_source(args.reference, args.fashion_mnist_root)
-        train = (reference.dataset, encoder, rt.device, cache, source)
-        if rt.is_main:  # the others find it
-            train_reader(*train)
-        process.barrier()
-        witness = train_reader(*train)
-    witness.model.to(rt.device)
-    return witness
-
-
-def load_extractor(
-    args: argparse.Namespace, witness: Witness | None, rt: process.Runtime
-) -> Extractor:
-    """Return the network whose features are compared, by `--features`."""
-    if args.features == "inception":
-        return InceptionExtractor(args.inception_weights, rt.device)
-    if args.features.startswith(PREFIX):
-        return TimmExtractor(open_encoder(args.features, rt.device), rt.device)
-    assert witness is not None
-    if isinstance(witness, ReaderResult):
-        return TimmExtractor(witness.model.encoder, rt.device, witness.model)
-    return ClassifierExtractor(witness, args.reference, rt.device)
+    witness = load_witness(
+        args.features, args.reference, reference, backbone=args.backbone, cache=args.cache,
+        fashion_mnist_root=args.fashion_mnist_root, rt=rt,
+    )  # fmt: skip
+    weights = args.inception_weights
+    extractor = load_extractor(
+        args.features, args.reference, witness, rt, inception_weights=weights
+    )
+    return witness, Look(extractor, args.batch_size, rt)
 
 
 def labels_to_read(samples: SampleRun, reference: ImageSet) -> Tensor:
@@ -508,8 +448,7 @@ def main(args: argparse.Namespace) -> None:
     samples = SampleRun(args, rt) if args.ckpt else None
     reference, others = open_real(args, samples.opened.settings if samples else {})
     out = open_out(args, samples)
-    witness = load_witness(args, reference, rt)
-    look = Look(load_extractor(args, witness, rt), args.batch_size, rt)
+    witness, look = open_eyes(args, reference, rt)
 
     judged = draw_seeds(samples, out) if samples else judged
     labels = labels_to_read(samples, reference) if samples and witness else None

@@ -8,24 +8,30 @@ A run that goes back to an older checkpoint starts another course: `latest` then
 checkpoint and what led to it. Those of the abandoned course stay until others need their place.
 A name that has another ending, `0001000.HEX.partial` or `.HEX.damaged`, is no checkpoint.
 
-1. `list_checkpoints`: the order.  2. `make_latest`: a new one, and pruning.  3. `set_aside`.
+1. `list_checkpoints`: the order.  2. `make_latest`: a new one, and pruning.  3. `mark_best`: one
+that stays.  4. `set_aside`.
 Only the process that holds the run's lock (checkpoint/run_lock.py) may write here.
 """
 
+import json
 import logging
 import os
 import re
 import shutil
 import uuid
 from pathlib import Path
+from typing import Any
 
+from checkpoint.described import read_json
 from checkpoint.run_lock import check_not_taken
 from common.errors import FileError
 from common.files import atomic_write
 
 CHECKPOINT = re.compile(r"([0-9]{1,18})(\.pt)?", re.ASCII)
 # What killed writers leave, of this version and of those that used one name for all.
-LEFTOVER = re.compile(r"(latest|[0-9]+(\.pt)?)(\.[0-9a-f]{8})?\.(tmp|partial|old)", re.ASCII)
+LEFTOVER = re.compile(
+    r"(latest|best|best\.pt|[0-9]+(\.pt)?)(\.[0-9a-f]{8})?\.(tmp|partial|old)", re.ASCII
+)
 
 
 def checkpoint_folder(run_dir: str | Path) -> Path:
@@ -84,10 +90,54 @@ def make_latest(path: Path, keep_last: int, resumed: str | None = None) -> None:
     with atomic_write(path.with_name("latest")) as temp:
         temp.write_text("\n".join([path.name, *before[:1000]]) + "\n")
     kept = {Path(resumed).resolve()} if resumed else set()
+    kept |= {link.resolve() for link in best_links(run_dir) if link.is_symlink()}
     leftovers = [item for item in path.parent.iterdir() if LEFTOVER.fullmatch(item.name)]
     for item in leftovers + (list_checkpoints(run_dir)[keep_last:] if keep_last else []):
         if item.resolve() not in kept:
             remove(item)
+
+
+def best_links(run_dir: Path) -> tuple[Path, Path]:
+    """Return the names that the best checkpoint has besides its own: of a file, of a folder."""
+    return checkpoint_folder(run_dir) / "best.pt", checkpoint_folder(run_dir) / "best"
+
+
+def read_best(run_dir: Path) -> dict[str, Any] | None:
+    """Return step, distance and features of the best checkpoint by `--keep-best`; None: none yet.
+
+    Raises:
+        FileError: what says it cannot be read.
+    """
+    path = run_dir / "best.json"
+    if not path.exists():
+        return None
+    found = read_json(path)
+    if not (type(found.get("step")) is int and type(found.get("distance")) is float):
+        raise FileError(f"{path} does not say which checkpoint is the best; delete it")
+    return found
+
+
+def mark_best(run_dir: Path, step: int, distance: float, features: str) -> None:
+    """Let `best.pt`, or `best` of a sharded run, point to a step's checkpoint; it is not pruned.
+
+    Args:
+        run_dir: of the run.
+        step: whose checkpoint is there.
+        distance: of its samples from real images.
+        features: what tells the network that sees them apart.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    for link in best_links(run_dir):
+        target = Path(f"{step:07d}{link.suffix}")
+        if (link.parent / target).exists():
+            temp = link.with_name(f"{link.name}.{uuid.uuid4().hex[:8]}.tmp")
+            temp.symlink_to(target)
+            temp.replace(link)
+    content = {"step": step, "distance": distance, "features": features}
+    with atomic_write(run_dir / "best.json") as temp:
+        temp.write_text(json.dumps(content) + "\n")
 
 
 def remove(path: Path) -> None:

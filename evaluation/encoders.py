@@ -23,8 +23,8 @@ from common.errors import FileError, UserError
 from common.files import atomic_write
 from data import ImageDataset
 from evaluation.classifiers import Features
+from evaluation.flags import PREFIX
 
-PREFIX = "timm:"
 DEFAULT_BACKBONE = "timm:tf_efficientnet_lite0"
 DINO_PIXELS = 224  # that FD-DINOv2 is defined with, arXiv:2306.04675; timm's default is 518
 MAX_READ = 20_000  # images that a reader learns from

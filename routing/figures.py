@@ -33,7 +33,7 @@ EXPERT_COLORS = (
 )
 # The same for lines on white, without the yellow that is too light for them.
 LINE_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLE = {  # of every figure here and in scripts/
+STYLE: Any = {  # of every figure here and in scripts/
     "text.parse_math": False,  # a class may be called "$5"
     "text.usetex": False,
     "axes.prop_cycle": cycler(color=LINE_COLORS),

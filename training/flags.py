@@ -21,6 +21,7 @@ from training.optimization_flags import (
     add_tracker_flags,
 )
 from training.tuning_flags import (
+    add_evaluation_flags,
     add_latent_flags,
     add_start_flags,
     add_validation_flags,
@@ -56,6 +57,7 @@ def build_parser(docstring: str | None) -> FlagParser:
     _add_course_flags(run)
     add_stop_flags(run)
     _add_output_flags(run)
+    add_evaluation_flags(run)
     add_tracker_flags(run)
     return parser
 

@@ -85,12 +85,8 @@ def prepare(args: argparse.Namespace, *, meta: bool = False, precision: str | No
         fashion_mnist_root=args.fashion_mnist_root,
         skip_broken=args.skip_broken,
     )
-    dataset, vae, vae_path = data
-    val = None
-    if args.val_fraction:
-        dataset, val = hold_out(dataset, args.val_fraction)
-    elif args.val_path:
-        val = open_validation(args.val_path, data, args.data_path, args.fashion_mnist_root)
+    _, vae, vae_path = data
+    dataset, val = split_validation(args, data)
     norm = find_norm(args, data)
     settings = resolve(args, rt, dataset, vae_path=vae_path, precision=precision, latent_norm=norm)
     if isinstance(vae, VAE):
@@ -124,6 +120,18 @@ def prepare(args: argparse.Namespace, *, meta: bool = False, precision: str | No
         elif not args.dry_run:
             encoder = Encoder(settings.repa, grid, rt.device)
     return Job(settings, rt, dataset, vae, diffusion, model, counts, start, encoder, val)
+
+
+def split_validation(
+    args: argparse.Namespace, data: Data
+) -> tuple[ImageDataset, ImageDataset | None]:
+    """Return the images to learn from, and those by `--val-fraction` or `--val-path`, if any."""
+    if args.val_fraction:
+        return hold_out(data.dataset, args.val_fraction)
+    if args.val_path:
+        root = args.fashion_mnist_root
+        return data.dataset, open_validation(args.val_path, data, args.data_path, root)
+    return data.dataset, None
 
 
 def find_norm(args: argparse.Namespace, data: Data) -> LatentNorm | None:
@@ -184,6 +192,12 @@ def told_start(settings: TrainSettings, model: DiT) -> list[str]:
         return []
     initial = open_initial(settings)
     return listing(settings, plan_start(settings, model.config, initial))
+
+
+def autocast(job: Job) -> torch.autocast:
+    """Return the context of the run's precision."""
+    dtype = process.DTYPES[job.settings.precision]
+    return torch.autocast(job.rt.device.type, dtype, enabled=dtype != torch.float32)
 
 
 def describe(job: Job) -> str:

@@ -22,8 +22,9 @@ from common.stopping import ON_PURPOSE, StopRequest, stop_name
 from data import make_loader
 from moe_ops import expert_matmuls
 from sampling.loss import loss_on_images
-from training.job import Job, describe, prepare
+from training.job import Job, autocast, describe, prepare
 from training.optimization import learning_rate
+from training.quality import Quality
 from training.repa import Encoder
 from training.reporter import DivergedError, Reporter, draw_grid, grid_path, run_log
 from training.resume import find_resume
@@ -96,12 +97,6 @@ def micro_loss(job: Job, model: nn.Module, batch: Batch) -> MicroLoss:
         total = total + getattr(job.settings, f"{name}_weight") * aux_loss
         parts[name] = aux_loss.detach() / (1 if kind == "repa" else num_layers)
     return MicroLoss(total, parts)
-
-
-def autocast(job: Job) -> torch.autocast:
-    """Return the context of the run's precision."""
-    dtype = process.DTYPES[job.settings.precision]
-    return torch.autocast(job.rt.device.type, dtype, enabled=dtype != torch.float32)
 
 
 def mean_losses(losses: list[MicroLoss]) -> dict[str, Tensor]:
@@ -225,6 +220,8 @@ def fit(trainer: Trainer, deadline: float | None = None) -> int:
         if grid_is_due(trainer) and process.from_main(not grid_path(job, trainer.step).exists()):
             draw(trainer, reporter)  # a signal came between the save and the grid
         batches = timed(latent_batches(job, trainer.step + trainer.skipped), reporter)
+        with generators_kept(job):  # a classifier may have to be trained
+            quality = Quality(job) if settings.eval_every else None
         saved, stopped_by = trainer.step, 0
         while trainer.step < settings.max_steps and not stopped_by:
             before = trainer.step
@@ -246,6 +243,8 @@ def fit(trainer: Trainer, deadline: float | None = None) -> int:
                 draw(trainer, reporter)
             if not stopped_by:
                 judge(trainer, reporter)
+                if quality is not None:
+                    saved = compare(trainer, reporter, quality, saved)
         if stopped_by and trainer.step > saved:
             save(trainer, reporter)
     if stopped_by:
@@ -305,3 +304,34 @@ def judge(trainer: Trainer, reporter: Reporter) -> None:
                 num_images=VAL_IMAGES, num_draws=VAL_DRAWS,
             )  # fmt: skip
         reporter.show({"val/loss": loss}, step)
+
+
+def generators_kept(job: Job) -> AbstractContextManager[None]:
+    """Leave the global generators, from which training draws, as they are."""
+    devices = [job.rt.device] if job.rt.device.type == "cuda" else []
+    return torch.random.fork_rng(devices=devices)
+
+
+def compare(trainer: Trainer, reporter: Reporter, quality: Quality, saved: int) -> int:
+    """Compare samples with real images where that is due after the step just done.
+
+    Args:
+        trainer, reporter: of the run.
+        quality: what samples are judged by.
+        saved: step of the last checkpoint.
+
+    Returns:
+        The same, of a checkpoint that was written because it is the best.
+    """
+    step, settings = trainer.step, trainer.job.settings
+    if step % settings.eval_every and step != settings.max_steps:
+        return saved
+    with lent(trainer, reporter, "evaluate") as model, generators_kept(trainer.job):
+        values = quality.measure(model)
+    reporter.show({f"eval/{name}": value for name, value in values.items()}, step)
+    if settings.keep_best and quality.is_best(step, values):
+        if saved < step:
+            save(trainer, reporter)
+            saved = step
+        quality.mark_best(step, values)
+    return saved

@@ -26,7 +26,7 @@ from common.errors import UserError
 from common.files import atomic_write
 from common.pictures import save_grid
 from routing import LoadCounter, dead_experts, load_entropy, max_violation
-from training.job import Job, describe
+from training.job import Job, autocast, describe
 from training.throughput import Phases, forward_macs, peak_memory, peak_rate
 from training.trackers import LoadPicture, Tracker, open_trackers
 
@@ -292,11 +292,10 @@ def draw_grid(model: nn.Module, job: Job, step: int) -> Path:
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     num_steps = min(50, job.diffusion.default_num_steps[job.diffusion.default_sampler])
     rounds = math.ceil(GRID_ROWS / rt.world_size)
-    dtype = process.DTYPES[job.settings.precision]
     rows: dict[int, Tensor] = {}
     with (
         tqdm(total=rounds * num_steps, desc="grid", leave=False, disable=not rt.is_main) as bar,
-        torch.autocast(rt.device.type, dtype, enabled=dtype != torch.float32),
+        autocast(job),
     ):
         for turn in range(rounds):
             row = (turn * rt.world_size + rt.rank) % GRID_ROWS  # some draw one that others have

@@ -151,6 +151,11 @@ class TrainSettings:
     keep_last: int  # 0 = all
     sample_every: int  # 0 = never
     sample_cfg_scale: float
+    eval_every: int = 0  # 0 = never
+    eval_samples: int = 1000
+    eval_features: str | None = None  # None: by the data
+    inception_weights: str | None = None
+    keep_best: bool = False
     tracker: list[str] = dataclasses.field(default_factory=lambda: ["tensorboard"])
     deepspeed_config: str | None = None  # of train_deepspeed.py
     expert_parallel: int | None = None  # ranks that hold a layer's experts together
@@ -179,6 +184,8 @@ def check_flags(args: argparse.Namespace) -> None:
     if "none" in (args.balance or ()) and len(args.balance) > 1:
         raise UserError(f"--balance {' '.join(args.balance)}: none goes with no other")
     check_schedule(args)
+    if args.keep_best and not args.eval_every:
+        raise UserError("--keep-best: give --eval-every STEPS, by which the best is found")
     cut = hasattr(args, "deepspeed_config") or getattr(args, "expert_parallel", None)
     if len(set(args.ema_decay)) < len(args.ema_decay):
         raise UserError(f"--ema-decay {' '.join(map(str, args.ema_decay))}: two are the same")

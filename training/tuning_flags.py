@@ -3,6 +3,7 @@
 import argparse
 
 from common.flags import FlagGroup, flag, number
+from evaluation.flags import features_flag
 
 
 def add_latent_flags(data: FlagGroup) -> None:
@@ -81,4 +82,41 @@ def add_validation_flags(data: FlagGroup) -> None:
         default=1000,
         metavar="STEPS",
         help="Optimizer steps between two points of the curve val/loss, of the averaged weights.",
+    )
+
+
+def add_evaluation_flags(run: FlagGroup) -> None:
+    """Add how samples are judged on the way."""
+    run.add(
+        "--eval-every",
+        type=number(int, 0),
+        default=0,
+        metavar="STEPS",
+        help="Optimizer steps between two points of the curves eval/..., for which samples of the "
+        "averaged weights are compared with the images that are learnt from; 0 judges none.",
+    )
+    run.add(
+        "--eval-samples",
+        type=number(int, 2, 10**6),
+        default=1000,
+        metavar="N",
+        help="Number of samples to judge by --eval-every.",
+    )
+    run.add(
+        "--eval-features",
+        type=features_flag,
+        metavar="NETWORK",
+        help="Network whose features are compared then, as evaluate.py --features.",
+    )
+    run.add(
+        "--inception-weights",
+        metavar="FILE",
+        help="File of torch-fidelity for that. Default: it is downloaded.",
+    )
+    run.add(
+        "--keep-best",
+        default=False,
+        **flag,
+        help="Keep the checkpoint whose samples were nearest, whatever --keep-last; best.pt, or "
+        "best of sharded ones, in RUN/checkpoints points to it.",
     )
