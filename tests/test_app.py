@@ -20,6 +20,7 @@ import pytest
 from helpers import TINY_DIGITS, random_model, run_main
 from launch import REPO
 from PIL import Image
+from test_pipeline import recipe_sources
 
 import app
 import convert
@@ -45,8 +46,8 @@ NAMES = [f"digit {i}" for i in range(10)]
 SECONDS = 90  # that a step of a test may take on a busy machine
 
 
-def saved(path: Path, config: DiTConfig) -> Path:
-    settings = {"objective": "rf", "vae_path": "none", "class_names": NAMES}
+def saved(path: Path, config: DiTConfig, objective: str = "rf") -> Path:
+    settings = {"objective": objective, "vae_path": "none", "class_names": NAMES}
     save_safetensors(path, random_model(config, std=0.1).state_dict(), config, settings)
     return path
 
@@ -134,8 +135,8 @@ def browser() -> Iterator[Any]:
 class Visitor:
     """Somebody at the page."""
 
-    def __init__(self, browser: Any, url: str) -> None:
-        self.page = browser.new_page(viewport={"width": 1280, "height": 1000})
+    def __init__(self, browser: Any, url: str, width: int = 1280) -> None:
+        self.page = browser.new_page(viewport={"width": width, "height": 1000})
         self.page.set_default_timeout(1000 * SECONDS)
         self.page.on("request", lambda request: self.asked.append(request.url))
         self.asked: list[str] = []
@@ -160,6 +161,9 @@ class Visitor:
 
     def few_steps(self) -> None:
         self.page.get_by_text("Sampler, steps, interval of guidance").click()
+        self.fill_steps()
+
+    def fill_steps(self) -> None:
         self.page.get_by_label("number input for Steps").locator("visible=true").fill("5")
         self.page.keyboard.press("Tab")
 
@@ -254,6 +258,48 @@ def test_experts_that_choose_and_a_dense_model_are_drawn_and_explained(visitor: 
     visitor.choose("Checkpoint", "dense.safetensors")
     visitor.page.click("#draw")
     visitor.wait("#draw-where", "A dense model: it has no experts to show.")
+
+
+@pytest.mark.slow
+def test_checkpoints_of_every_family_and_objective_are_drawn_and_explained(
+    browser: Any, tmp_path: Path
+) -> None:
+    pytest.importorskip("gradio")
+    ddpm = saved(tmp_path / "ddpm.safetensors", CONFIG, objective="ddpm")
+    middle = {"dit_moe": 6, "dsmoe": 6, "ddpm": 6}  # others have experts in every second block
+    ckpts = [*recipe_sources(tmp_path), ddpm]
+    assert len(ckpts) == 7
+    started = serve(REPO / "app.py", tmp_path / "cwd", "--dtype", "fp32", "--ckpt", *ckpts)
+    visitor = Visitor(browser, started.url)
+    visitor.few_steps()
+    for ckpt in ckpts:
+        visitor.choose("Checkpoint", ckpt.name)
+        visitor.fill_steps()
+        visitor.page.click("#draw")
+        visitor.wait("#draw-status", f"--ckpt {ckpt} ")
+        visitor.wait("#draw-where", f"Block {middle.get(ckpt.stem, 7)}, step 5, t = ")
+        assert visitor.page.locator("#draw-load svg").count() == 1
+    visitor.page.close()
+    started.process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 768, 1280])
+def test_nothing_is_wider_than_the_window_of_a_phone_or_a_desk(
+    browser: Any, server: Server, width: int
+) -> None:
+    visitor = Visitor(browser, server.url, width)
+    visitor.few_steps()
+    visitor.page.click("#draw")
+    visitor.wait("#draw-where", "Block 6, step 5")
+    for tab in ("Draw", "Your picture", "Compare"):
+        visitor.tab(tab)
+        if tab == "Compare":
+            visitor.fill_steps()
+            visitor.page.click("#compare")
+            visitor.wait("#compare-status", "The finished pictures differ by")
+        assert visitor.page.evaluate("document.documentElement.scrollWidth") <= width
+    visitor.page.close()
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import re
 import struct
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 import torch
 from launch import TINY_RUN
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 
 from common.errors import UserError
 from models import DiT_models
@@ -128,6 +130,22 @@ def test_a_run_has_the_load_as_a_picture_and_tells_its_time_and_work(tmp_path: P
     assert rate == pytest.approx(6 * macs * speed / 1e12)
     assert events.Scalars("system/peak_memory_gib")[0].value > 0.1
     assert "time" not in events.Tags()["images"] and "step " in (run / "log.txt").read_text()
+
+
+def test_tensorboard_has_a_chart_of_each_measure_of_the_load_with_a_line_a_layer(
+    tmp_path: Path,
+) -> None:
+    run = train(tmp_path, "--max-steps", "1", "--log-every", "1")
+    events = EventAccumulator(str(run)).Reload()
+    config = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    (category,) = layout_pb2.Layout.FromString(config).category
+    assert [chart.title for chart in category.chart] == [
+        "max_vio by layer", "entropy by layer", "dead by layer",
+    ]  # fmt: skip
+    curves = events.Tags()["scalars"]
+    for chart in category.chart:
+        lines = [[c for c in curves if re.match(tag, c)] for tag in chart.multiline.tag]
+        assert len(lines) == 4 and all(len(found) == 1 for found in lines), chart.title
 
 
 def parsed(results: Path) -> Any:

@@ -18,6 +18,7 @@ from common.errors import UserError
 from training.settings import TrainSettings
 
 EVEN_COLOUR, LOW_COLOUR, HIGH_COLOUR = (245, 245, 245), (33, 72, 135), (176, 28, 44)  # RGB
+LOAD_MEASURES = ("max_vio", "entropy", "dead")  # each a chart with a line a layer
 COLUMNS, CELL = 512, 3  # of the load's picture: most columns, pixels of a row
 
 
@@ -43,9 +44,14 @@ class TensorBoard:
         # Steps after the checkpoint are done again: this hides their first points.
         self.writer = SummaryWriter(str(run_dir), purge_step=start_step + 1)
         if layers:
-            tags = [f"experts/max_vio/layer_{layer:02d}" for layer in layers]
-            layout = {"experts": {"max_vio by layer": ["Multiline", tags]}}
-            self.writer.add_custom_scalars(layout)
+            charts = {
+                f"{name} by layer": [
+                    "Multiline",
+                    [f"experts/{name}/layer_{layer:02d}" for layer in layers],
+                ]
+                for name in LOAD_MEASURES
+            }
+            self.writer.add_custom_scalars({"experts": charts})
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Add a point to each curve."""
