@@ -1,9 +1,9 @@
 """Pixels to latents: data sets, the stateless training stream, autoencoders, latent caches.
 
 In the order data flows: `image_files` (which files are images), `datasets` and `collections`,
-`stream` (which samples come when), `autoencoders`, `latent_cache` (encoded images, and `open_data`,
-all that a run learns from in one call) and `latent_index` (what a cache is of). Knows `common`
-only.
+`class_images` (real images for a checkpoint), `stream` (which samples come when), `vae_files` and
+`autoencoders`, `latent_cache` (encoded images, and `open_data`, all that a run learns from in one
+call), `latent_features` beside it and `latent_index` (what a cache is of). Knows `common` only.
 """
 
 from data.autoencoders import VAE, LatentNorm, Pixels, draw_latents, load_vae, vae_identity

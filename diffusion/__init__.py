@@ -1,4 +1,8 @@
-"""Training objectives and samplers: scripts need only `create_diffusion` and `Diffusion`."""
+"""Training objectives and samplers: scripts need only `create_diffusion` and `Diffusion`.
+
+`base` is what objectives share: guidance, the loop of sampling; `rectified_flow`, with its `times`,
+and `gaussian_diffusion`, DDPM, are the two. Imports nothing of ours.
+"""
 
 from collections.abc import Mapping
 from typing import Any

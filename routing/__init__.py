@@ -1,7 +1,8 @@
 """What experts were chosen: counts by hooks, tables, measures, figures.
 
 `counting` counts while a model runs and measures counts; `tables` keeps them in a file; `figures`
-and `report.html` are how they look. Knows `common` and `models` only.
+and `report.html` are how they look. `tracing` keeps every choice for a few pictures, `overlay`
+paints it over them, `charts` draws it small. Knows `common` and `models` only.
 """
 
 from routing.counting import (

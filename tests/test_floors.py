@@ -75,7 +75,9 @@ def test_the_root_has_the_network_and_scripts_only():
         assert '__name__ == "__main__"' in (ROOT / f"{name}.py").read_text(), name
 
 
-def test_each_folder_says_its_duty():
+def test_each_folder_says_its_duty_and_that_of_each_of_its_files():
     for name in FLOORS:
         if (ROOT / name).is_dir():
-            assert ast.get_docstring(ast.parse((ROOT / name / "__init__.py").read_text())), name
+            said = ast.get_docstring(ast.parse((ROOT / name / "__init__.py").read_text())) or ""
+            files = {path.stem for path in (ROOT / name).glob("*.py")} - {"__init__"}
+            assert not {file for file in files if f"`{file}`" not in said}, name
