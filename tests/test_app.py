@@ -43,7 +43,7 @@ CONFIGS = {
     "larger": dataclasses.replace(CONFIG, input_size=16),
 }
 NAMES = [f"digit {i}" for i in range(10)]
-SECONDS = 90  # that a step of a test may take on a busy machine
+SECONDS = 240  # that a step of a test may take on a busy machine
 
 
 def saved(path: Path, config: DiTConfig, objective: str = "rf") -> Path:
