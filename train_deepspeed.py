@@ -2,6 +2,8 @@
 
     torchrun --nproc_per_node=8 train_deepspeed.py --deepspeed-config config/zero3.json \\
         --model DiT-G/2 --data-path IMAGES --rf --grad-checkpointing
+    torchrun --nproc_per_node=8 train_deepspeed.py --expert-parallel 8 --model DiT-G/2 \\
+        --data-path IMAGES --rf --grad-checkpointing
     python train_deepspeed.py --model DiT-G/2 --data-path IMAGES --dry-run
 
 The same flags, data, loss, curves and pictures as train.py; only the engine differs. Running the
@@ -11,7 +13,7 @@ same command again continues where the run stopped, bit for bit on the same numb
 
 import argparse
 
-from common.errors import UserError, one_line_errors
+from common.errors import one_line_errors
 from common.flags import FlagParser, number
 from training.flags import build_parser
 
@@ -47,15 +49,12 @@ def main(args: argparse.Namespace) -> None:
     # Here, since torch takes seconds to import: --help and a mistyped flag need none of it.
     from training import zero
     from training.loop import launch
-    from training.zero_config import read_config, resolve_precision
+    from training.zero_config import check_experts, read_config, resolve_precision
     from training.zero_trainer import DeepSpeedTrainer, plan_stages
 
-    if args.expert_parallel is not None:
-        raise UserError(
-            f"--expert-parallel {args.expert_parallel}: DeepSpeed's engine cuts experts over all "
-            "ranks alike; take train.py, which goes on with a run of this script and back"
-        )
-    wanted, precision = resolve_precision(args, read_config(args.deepspeed_config))
+    config = read_config(args.deepspeed_config)
+    check_experts(args.expert_parallel or 1, config, f"--deepspeed-config {args.deepspeed_config}")
+    wanted, precision = resolve_precision(args, config)
     rt = zero.join()
     if rt.is_main and precision != wanted:
         print(f"{wanted} is not native on this hardware: training in {precision}")

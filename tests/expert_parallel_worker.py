@@ -113,6 +113,7 @@ def initial_difference(*flags: str) -> float:
     shapes = {name: tensor.shape for name, tensor in job.model.state_dict().items()}
     expected = dict(initial_weights(job.settings, job.model.config, shapes))
     part = ExpertParallel(job)
+    part.fill(job.settings)
     return max(
         (expected[n].flatten()[part.places[n].start :][: t.numel()] - t.flatten())
         .abs()

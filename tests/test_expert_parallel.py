@@ -237,9 +237,10 @@ def test_ranks_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: 
     assert not (tmp_path / "new").exists()
 
 
-def test_deepspeed_refuses_to_share_experts_and_says_what_does() -> None:
-    args = build_deepspeed_parser().parse_args([*RUN, "2"])
-    with pytest.raises(UserError, match=r"--expert-parallel 2: .*; take train\.py, which goes on"):
+def test_zero_3_refuses_to_share_experts_and_says_what_does() -> None:
+    file = ("--deepspeed-config", str(REPO / "config/zero3.json"))
+    args = build_deepspeed_parser().parse_args([*RUN, "2", *file])
+    with pytest.raises(UserError, match=r"--expert-parallel 2: .* has ZeRO stage 3, .*; take st"):
         train_deepspeed.main(args)
 
 

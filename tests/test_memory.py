@@ -87,6 +87,17 @@ def test_expert_parallelism_divides_the_experts_alone(giant: DiT) -> None:
     assert expert_memory(giant, 8).total < 60 * GIB < 300 * GIB < expert_memory(giant, 1).total
 
 
+def test_zero_2_cuts_the_experts_of_a_rank_over_those_that_hold_the_same(giant: DiT) -> None:
+    dense, experts = split_parameters(giant, 8)
+    one, eight = (rank_memory(giant, 2, ranks, size=8) for ranks in (8, 64))
+    assert one.weights == eight.weights == 4 * (dense + experts)
+    assert one.ema == pytest.approx(4 * (dense / 8 + experts), rel=1e-6)
+    assert eight.ema == pytest.approx(4 * (dense / 64 + experts / 8), rel=1e-6)
+    assert rank_memory(giant, 0, 8, size=8).total == expert_memory(giant, 8).total
+    rows = [line.split() for line in memory_table(giant, [8], 8).splitlines()[2:]]
+    assert [row[:2] for row in rows] == [["8", "0"], ["8", "2"]]
+
+
 def test_bytes_on_the_wire_are_two_rings_of_gradients_and_four_rows_a_choice(giant: DiT) -> None:
     dense, every = split_parameters(giant, 1)
     ddp, sent = (expert_wire(giant, 8, size, 16, 2, False) for size in (1, 8))

@@ -216,6 +216,7 @@ class ExpertParallelTrainer(DdpTrainer):
 
     def __init__(self, job: Job) -> None:
         self.part = ExpertParallel(job)
+        self.part.fill(job.settings)
         super().__init__(job)
         named = {name: p for name, p in self.model.named_parameters() if name != "pos_embed"}
         self.trained = {name: p for name, p in named.items() if p.requires_grad}

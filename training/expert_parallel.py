@@ -19,6 +19,7 @@ from common.errors import UserError
 from moe_ops import ExpertGroup
 from training.initial import initial_weights
 from training.job import Job
+from training.settings import TrainSettings
 
 # torch's own way, which it does not promise to keep, to leave parameters to somebody else.
 IGNORE_BY_DDP = "_set_params_and_buffers_to_ignore_for_model"
@@ -37,12 +38,12 @@ class ExpertParallel:
 
     Attributes:
         shapes: of the whole model's parameters and buffers, by name.
+        cut: names of the parameters of which each rank has a part.
+        places: of this rank's tensors, by name.
     """
 
     def __init__(self, job: Job) -> None:
-        """Cut the job's meta model to this rank's part and fill it with the first weights.
-
-        The largest tensor is the most that is ever whole here.
+        """Cut the job's meta model to this rank's part, whose weights are yet to be filled in.
 
         Raises:
             UserError: `--freeze` of experts, of which nothing would be saved.
@@ -60,7 +61,11 @@ class ExpertParallel:
             raise UserError(f"--expert-parallel {size}: --freeze leaves no share of {frozen[0]}")
         getattr(DistributedDataParallel, IGNORE_BY_DDP)(job.model, self.cut)
         self.places = {name: self._place(name) for name in state}
-        for name, value in initial_weights(job.settings, job.model.config, self.shapes):
+
+    def fill(self, settings: TrainSettings) -> None:
+        """Fill in the first weights; the largest tensor is the most that is ever whole here."""
+        state = self.model.state_dict()
+        for name, value in initial_weights(settings, self.model.config, self.shapes):
             part = value.reshape(-1)[self.places[name].start :][: state[name].numel()]
             state[name].copy_(part.view_as(state[name]))
 

@@ -14,8 +14,6 @@ and 4 more in train.py's EMA, which copies it.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from torch import nn
-
 from models import DiT
 
 GIB = 2**30
@@ -40,12 +38,13 @@ class Memory(NamedTuple):
 
 
 def rank_memory(
-    model: nn.Module,
+    model: DiT,
     stage: int,
     num_ranks: int,
     *,
     offload: bool = False,
     persistent: int = PERSISTENT,
+    size: int = 1,
 ) -> Memory:
     """Count what a rank holds.
 
@@ -56,16 +55,23 @@ def rank_memory(
         offload: stage 3 with optimizer and weights in host memory: all but the gather is there,
             the weights twice, and the gradients, as accumulated and as the optimizer reads them.
         persistent: stage 3 keeps parameters of at most so many elements whole.
+        size: ranks that hold the experts together (`--expert-parallel`), at stages 0 and 2; the
+            experts' state is cut over the num_ranks / size ranks that hold the same.
     """
     sizes = [p.numel() for p in model.parameters()]
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
     state = sum(buffer.nbytes for buffer in model.buffers())
-    if stage == 0:
-        count = sum(trained)
-        return Memory(4 * sum(sizes) + state, 4 * count, 8 * count, 4 * count + state, 0)
-    if stage == 2:
-        part = -(-sum(trained) // (num_ranks * ALIGNMENT)) * ALIGNMENT
-        return Memory(4 * sum(sizes) + state, 4 * part, 12 * part, 4 * part, 0)
+    if stage < 3:
+        parts = [(sum(trained), num_ranks)]
+        if size > 1:
+            dense, experts = split_parameters(model, size)
+            parts = [(dense - sum(sizes) + sum(trained), num_ranks), (experts, num_ranks // size)]
+        count = sum(part for part, _ in parts)
+        weights = 4 * (count + sum(sizes) - sum(trained)) + state
+        if stage == 0:
+            return Memory(weights, 4 * count, 8 * count, 4 * count + state, 0)
+        part = sum(-(-part // (holders * ALIGNMENT)) * ALIGNMENT for part, holders in parts)
+        return Memory(weights, 4 * part, 12 * part, 4 * part, 0)
     part = sum(-(-size // num_ranks) for size in trained)
     weights = sum(-(-size // num_ranks) for size in sizes)
     whole = sum(size for size in sizes if size <= persistent)
@@ -74,20 +80,27 @@ def rank_memory(
     return Memory(4 * (weights + whole) + state, gradients, optimizer, 4 * part, 4 * max(own))
 
 
-def memory_table(model: nn.Module, ranks: Sequence[int]) -> str:
-    """Return a table of GiB per rank: every stage on every number of ranks."""
+def memory_table(model: DiT, ranks: Sequence[int], size: int = 1) -> str:
+    """Return a table of GiB per rank: every stage on every number of ranks.
+
+    Args:
+        model: whole.
+        ranks: numbers of them.
+        size: of `--expert-parallel`, which divides them.
+    """
     head = ("ranks", "stage", "weights", "gradients", "optimizer", "EMA", "gather", "GPU", "host")
     rows: list[tuple[str, ...]] = [head]
     for num_ranks in ranks:
-        for stage in STAGES:
+        for stage in STAGES if size == 1 else ("0", "2"):
             offload = "offload" in stage
-            memory = rank_memory(model, int(stage[0]), num_ranks, offload=offload)
+            memory = rank_memory(model, int(stage[0]), num_ranks, offload=offload, size=size)
             gpu = memory.gather if offload else memory.total
             host = memory.total - gpu
             values = [f"{value / GIB:.2f}" for value in (*memory, gpu, host)]
             rows.append((str(num_ranks), stage, *values))
     lines = ["  ".join(f"{cell:>9}" for cell in row) for row in rows]
-    return "\n".join(["memory per rank in GiB, without activations:", *lines])
+    experts = f", with --expert-parallel {size}" if size > 1 else ""
+    return "\n".join([f"memory per rank in GiB, without activations{experts}:", *lines])
 
 
 # ------------------------------------------------------------------------------ expert parallelism

@@ -1,8 +1,9 @@
 """DeepSpeed's engine from the inside: how it steps, and the shards that ZeRO makes of a model.
 
 In order: `join` (the process group), `build_engine` (a meta model to an engine whose weights are
-still to be filled in), and `Engine`, one class a ZeRO stage: how it makes a step, and where it
-keeps this rank's part of which parameter. The settings are made in training/zero_config.py.
+still to be filled in), `declare_experts` (of `--expert-parallel`), and `Engine`, one class a ZeRO
+stage: how it makes a step, and where it keeps this rank's part of which parameter. The settings are
+made in training/zero_config.py.
 
 Weights are float32 at every stage and half precision is autocast, as in train.py: router, position
 table, embeddings and norms are never rounded. Stage 3 sends the weights of matmuls, and their
@@ -25,6 +26,7 @@ from common import process
 from common.process import Runtime
 from common.quiet import silence_accelerator
 from models import DiT
+from training.expert_parallel import ExpertParallel
 from training.optimization import adam_arguments
 from training.parameters import optimizer_groups
 from training.settings import TrainSettings
@@ -32,12 +34,17 @@ from training.zero_config import zero_stage
 
 silence_accelerator()
 import deepspeed  # noqa: E402
+from deepspeed.moe.layer import MoE  # noqa: E402
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler  # noqa: E402
+from deepspeed.utils import groups as rank_groups  # noqa: E402
 
 # What DeepSpeed does not promise to keep, by the object that has it. A test takes each from a real
 # engine, so that an upgrade that removes one fails by its name.
 PRIVATE_NAMES = {
     "deepspeed.ops": ("__compatible_ops__",),
+    "deepspeed.utils.groups": ("_create_expert_and_data_parallel",),
+    "engine with experts": ("has_moe_layers",),
+    "optimizer with experts": ("is_moe_param_group", "real_dp_process_group"),
     "engine at stage 0": ("torch_autocast_z0_gradscaler",),
     "optimizer of stages 1 to 3": ("torch_autocast_gradscaler", "loss_scaler"),
     "optimizer of stages 1 and 2": ("single_partition_of_fp32_groups", "update_lp_params"),
@@ -97,19 +104,82 @@ def partition(model: DiT, config: dict[str, Any], device: torch.device) -> None:
 
 
 def build_engine(
-    model: DiT, config: dict[str, Any], settings: TrainSettings, rt: Runtime
+    model: DiT,
+    config: dict[str, Any],
+    settings: TrainSettings,
+    rt: Runtime,
+    part: ExpertParallel | None = None,
 ) -> "Engine":
-    """Wrap a meta model; its weights are whatever the memory held, see `Engine.fill`."""
-    if zero_stage(config) == 3:
+    """Wrap a model; its weights are whatever the memory held, see `Engine.fill`.
+
+    Args:
+        model: on the meta device, or cut by `part`.
+        config: of the engine.
+        settings: of the run.
+        rt: of this process.
+        part: this rank's of a model whose experts are cut; not at stage 3.
+    """
+    stage = zero_stage(config)
+    if stage == 3:
         partition(model, config, rt.device)
-    else:
+    elif part is None:
         model.to_empty(device=rt.device)
     groups = optimizer_groups(model.named_parameters(), settings)
+    if part is not None:
+        groups = declare_experts(model, groups, part)
+        model.add_module(MARK, ExpertMark(model.config.num_experts))
     optimizer = torch.optim.AdamW(groups, **adam_arguments(settings), fused=True)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=config, dist_init_required=False
     )
-    return STAGES[zero_stage(config)](engine, optimizer, rt, fp16=settings.precision == "fp16")
+    if part is not None:
+        delattr(model, MARK)
+    return STAGES[stage](engine, optimizer, rt, settings, part)
+
+
+MARK = "deepspeed_experts"  # what the mark is called within the model while the engine looks for it
+
+
+class ExpertMark(MoE):
+    """By its class the engine knows a model that has experts; it has no parameters, and no use."""
+
+    def __init__(self, num_experts: int) -> None:
+        nn.Module.__init__(self)
+        self.num_experts = num_experts
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """Do nothing: `declare_experts` made the groups of ranks."""
+
+
+def declare_experts(
+    model: DiT, groups: list[dict[str, Any]], part: ExpertParallel
+) -> list[dict[str, Any]]:
+    """Tell DeepSpeed which parameters only some ranks have, so that it sums and cuts over those.
+
+    DeepSpeed divides their gradients by all ranks and counts each once in the norm, as we do; at
+    stage 0 only its norm is another, see `WholeEngine`.
+
+    Args:
+        model: cut.
+        groups: of `optimizer_groups`.
+        part: of this rank.
+
+    Returns:
+        The groups with cut experts apart, in the words that DeepSpeed has for it.
+    """
+    assert part.group is not None
+    rank_groups._create_expert_and_data_parallel(part.group.size)
+    ranks = f"ep_size_{part.group.size}"
+    for name in part.cut:
+        parameter: Any = model.get_parameter(name)
+        parameter.allreduce, parameter.group_name = False, ranks
+    apart = []
+    for group in groups:
+        for mark in ({}, {"moe": True, "name": ranks}):
+            if names := [name for name in group["names"] if (name in part.cut) == bool(mark)]:
+                params = [model.get_parameter(name) for name in names]
+                apart.append({**group, "params": params, "names": names, **mark})
+    return apart
 
 
 class Place(NamedTuple):
@@ -130,25 +200,35 @@ class Engine(ABC):
         buffers: biases and thresholds of routers by name, whole and the same on all ranks.
         frozen: names of the parameters of `--freeze`.
         flat: the tensors that it updates.
-        is_replica: another rank holds, and saves, the same.
+        part: this rank's of a model whose experts are cut, else None.
         scaler: of the loss in float16, else None.
     """
 
     wrapped: Any
     flat: list[Tensor]
-    is_replica = False
     scaler: Any = None
 
     def __init__(
-        self, wrapped: Any, optimizer: torch.optim.AdamW, rt: Runtime, *, fp16: bool
+        self,
+        wrapped: Any,
+        optimizer: torch.optim.AdamW,
+        rt: Runtime,
+        settings: TrainSettings,
+        part: ExpertParallel | None,
     ) -> None:
         self.wrapped, self.optimizer, self._zero = wrapped, optimizer, wrapped.optimizer
+        self.part, self._rt = part, rt
+        self._max_norm = settings.clip_grad or float("inf")
         trained = {n: p for n, p in wrapped.module.named_parameters() if p.requires_grad}
         self.buffers = dict(wrapped.module.named_buffers())
         known = {*trained, "pos_embed"}
         self.frozen = [n for n, _ in wrapped.module.named_parameters() if n not in known]
         self.flat, self._places = self._lay_out(trained, rt)
-        self._scale_losses(fp16)
+        if part is not None:  # within the whole parameter, not within this rank's part of it
+            for name, place in self._places.items():
+                start = part.places[name].start + place.start
+                self._places[name] = place._replace(start=start)
+        self._scale_losses(settings.precision == "fp16")
 
     # -- what a stage decides
 
@@ -223,10 +303,14 @@ class Engine(ABC):
             }
 
     def fragments(self, flat: list[Tensor]) -> Iterator[Fragment]:
-        """Cut tensors like `flat` into this rank's named pieces, to save or restore."""
+        """Cut tensors like `flat` into this rank's named pieces, to restore."""
         for name, (shard, offset, start, numel) in self._places.items():
             piece = flat[shard].detach().view(-1)[offset : offset + numel]
             yield Fragment(name, start, piece)
+
+    def shares(self, flat: list[Tensor]) -> Iterator[Fragment]:
+        """Cut tensors like `flat` so that of all ranks one saves each element."""
+        return self.fragments(flat)
 
     def fill(self, name: str, value: Tensor) -> None:
         """Keep this rank's part of a whole parameter; `refresh` when all are filled.
@@ -289,12 +373,11 @@ class Engine(ABC):
 
 
 class WholeEngine(Engine):
-    """Stage 0: every rank holds, and updates, all; one of them is enough on disk."""
+    """Stage 0: every rank holds, and updates, all but the other ranks' experts."""
 
     def _lay_out(
         self, trained: dict[str, nn.Parameter], rt: Runtime
     ) -> tuple[list[Tensor], dict[str, Place]]:
-        self.is_replica = not rt.is_main
         places = {name: Place(i, 0, 0, p.numel()) for i, (name, p) in enumerate(trained.items())}
         return list(trained.values()), places
 
@@ -311,9 +394,23 @@ class WholeEngine(Engine):
         """Run a micro-batch's backward pass; the engine keeps no norm here, so we compute it."""
         self._scale = self.loss_scale
         self.wrapped.backward(loss)
-        gradients = [p.grad for p in self.flat if p.grad is not None]
-        self._norm = nn.utils.get_total_norm(gradients) / self._scale
+        if self.part is None:
+            gradients = [p.grad for p in self.flat if p.grad is not None]
+            self._norm = nn.utils.get_total_norm(gradients) / self._scale
+        elif self.wrapped.is_gradient_accumulation_boundary():
+            # The engine would clip by the mean of the ranks' norms: its settings tell it not to.
+            if self.scaler is not None:
+                self.part.share_overflow()
+                self.scaler.unscale_(self._zero)
+            self._norm = self.part.clip_gradients(self._max_norm)
         self.wrapped.step()
+
+    def shares(self, flat: list[Tensor]) -> Iterator[Fragment]:
+        """Let the main rank save all, or, of cut experts, all ranks evenly what they have."""
+        if self.part is not None:
+            named = {name: flat[place.shard] for name, place in self._places.items()}
+            return self.part.fragments(named)
+        return self.fragments(flat) if self._rt.is_main else iter(())
 
     def grad_norm(self) -> Tensor:
         """Return the norm of the last step's gradient, before it was clipped."""

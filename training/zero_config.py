@@ -112,6 +112,32 @@ def resolve_precision(args: argparse.Namespace, config: Mapping[str, Any]) -> tu
     return wanted, wanted
 
 
+def check_experts(size: int, config: Mapping[str, Any], where: str) -> None:
+    """Refuse a file that does not go with experts on different ranks.
+
+    Args:
+        size: of `--expert-parallel`.
+        config: of the file.
+        where: is it, for messages.
+
+    Raises:
+        UserError: naming what does.
+    """
+    if size == 1:
+        return
+    if zero_stage(config) == 3:
+        raise UserError(
+            f"--expert-parallel {size}: {where} has ZeRO stage 3, whose expert parallelism in "
+            "DeepSpeed (AutoEP) replaces routers and experts by its own, with other parameter "
+            "names and no auxiliary losses; take stage 2 (config/zero2.json), or train.py, which "
+            "goes on with a run of this script and back"
+        )
+    zero = _section(config, "zero_optimization", where)
+    for name in ("contiguous_gradients", "reduce_scatter"):
+        if zero_stage(config) and zero.get(name) is False:
+            raise UserError(f"--expert-parallel {size} needs {name}: remove false from {where}")
+
+
 def engine_config(settings: TrainSettings, config: Mapping[str, Any]) -> dict[str, Any]:
     """Complete a file with what the flags own.
 
@@ -128,11 +154,13 @@ def engine_config(settings: TrainSettings, config: Mapping[str, Any]) -> dict[st
     stage = zero_stage(config)
     if stage == 3 and settings.compile:
         raise UserError("--compile does not work with ZeRO stage 3: drop it or take stage 2")
+    cut = (settings.expert_parallel or 1) > 1
     complete = {
         **config,
         **{key: getattr(settings, name) for key, name in OWNED_BY_FLAGS.items()},
         # Always clipped, if only at infinity: the engine computes the norm, a curve, on the way.
-        "gradient_clipping": settings.clip_grad or float("inf"),
+        # With cut experts at stage 0 its norm is wrong: `WholeEngine` clips.
+        "gradient_clipping": 0.0 if cut and not stage else settings.clip_grad or float("inf"),
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW, on the CPU too
         "steps_per_print": None,  # never
         "torch_autocast": {

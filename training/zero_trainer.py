@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from checkpoint.weights import average_kinds, average_name
 from common import process
+from common.errors import UserError
 from training import zero
+from training.expert_parallel import ExpertParallel
 from training.initial import initial_weights
 from training.job import Job, describe
 from training.loop import (
@@ -37,9 +39,10 @@ class DeepSpeedTrainer:
         self.trained = {name for name, p in job.model.named_parameters() if p.requires_grad}
         assert self.settings.deepspeed_config is not None  # its flag has a default
         config = engine_config(self.settings, read_config(self.settings.deepspeed_config))
+        part = ExpertParallel(job) if (self.settings.expert_parallel or 1) > 1 else None
         if self.settings.compile:
             job.model.compile_blocks()
-        self.engine = zero.build_engine(job.model, config, self.settings, self.rt)
+        self.engine = zero.build_engine(job.model, config, self.settings, self.rt, part)
         self.optimizer = self.engine.optimizer
         for name, value in initial_weights(self.settings, job.model.config, self.shapes):
             self.engine.fill(name, value)
@@ -99,9 +102,9 @@ class DeepSpeedTrainer:
         }
         further = [d for d in self.averages if d != self.settings.ema_decay]
         flat |= {average_name(decay): self.averages[decay] for decay in further}
-        kinds = {kind: self.engine.fragments(tensors) for kind, tensors in flat.items()}
+        kinds = {kind: self.engine.shares(tensors) for kind, tensors in flat.items()}
         whole = {**self.engine.buffers, **self.engine.frozen_parameters()}
-        save_shares(self.job, {} if self.engine.is_replica else kinds, whole, self._state())
+        save_shares(self.job, kinds, whole, self._state())
 
     def _state(self) -> dict:
         """Return what is the same on all ranks."""
@@ -147,6 +150,19 @@ class DeepSpeedTrainer:
 
 
 def plan_stages(job: Job, ranks: list[int] | None) -> str:
-    """Return what `--dry-run` prints: settings, then the memory of each stage."""
-    ranks = ranks or ([job.rt.world_size] if job.rt.world_size > 1 else [8, 16, 64])
-    return f"{describe(job)}\n\n{memory_table(job.model, ranks)}"
+    """Return what `--dry-run` prints: settings, then the memory of each stage.
+
+    Args:
+        job: of the run.
+        ranks: of `--plan-ranks`.
+
+    Raises:
+        UserError: `--expert-parallel` does not divide one of them.
+    """
+    size = job.settings.expert_parallel or 1
+    for number in ranks or ():
+        if number % size:
+            raise UserError(f"--plan-ranks {number}: --expert-parallel {size} must divide it")
+    usual = [number for number in (8, 16, 64) if number % size == 0] or [size]
+    ranks = ranks or ([job.rt.world_size] if job.rt.world_size > 1 else usual)
+    return f"{describe(job)}\n\n{memory_table(job.model, ranks, size)}"
