@@ -1,5 +1,6 @@
 """ZeRO with experts on several ranks trains as one process: the real engine on gloo ranks."""
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from expert_parallel_worker import CASES, NUM_UPDATES, make_updates
 from launch import REPO, TINY_RUN, Process, torchrun
 from test_expert_parallel import kill_a_rank
 from torch.testing import assert_close
+from train_worker import State
 from zero_experts_worker import RUNS
 
 import convert
@@ -39,10 +41,15 @@ def on_four_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     return launch_worker(tmp_path_factory.mktemp("four"), 4)
 
 
+@functools.cache
+def on_one_process(*flags: str) -> list[State]:
+    return make_updates(*flags)
+
+
 def check_updates(found: list[Any], case: str, further: tuple[str, ...]) -> None:
     """Compare with one process that has the whole batch at once."""
     flags = CASES[case] if case != "accumulated" else ("--balance", "none")  # 1x4 for 2x2
-    expected = make_updates(*flags, *further)
+    expected = on_one_process(*flags, *further)
     assert len(found) == len(expected) == NUM_UPDATES
     for ours, theirs in zip(found, expected, strict=True):
         assert_close(ours, {name: theirs[name] for name in ours}, rtol=1e-5, atol=1e-6)
