@@ -91,10 +91,10 @@ def test_zero_2_cuts_the_experts_of_a_rank_over_those_that_hold_the_same(giant: 
     dense, experts = split_parameters(giant, 8)
     one, eight = (rank_memory(giant, 2, ranks, size=8) for ranks in (8, 64))
     assert one.weights == eight.weights == 4 * (dense + experts)
+    assert one.ema == pytest.approx(4 * (dense / 8 + experts), rel=1e-4)  # not of the positions
+    assert eight.ema == pytest.approx(4 * (dense / 64 + experts / 8), rel=1e-4)
     stage_0, plain = rank_memory(giant, 0, 8, size=8), expert_memory(giant, 8)
-    assert stage_0.total == pytest.approx(plain.total, rel=1e-4)  # its EMA has the trained alone
-    assert eight.ema == pytest.approx(4 * (dense / 64 + experts / 8), rel=1e-6)
-    assert rank_memory(giant, 0, 8, size=8).total == expert_memory(giant, 8).total
+    assert stage_0.total == pytest.approx(plain.total, rel=1e-4)
     rows = [line.split() for line in memory_table(giant, [8], 8).splitlines()[2:]]
     assert [row[:2] for row in rows] == [["8", "0"], ["8", "2"]]
 
