@@ -34,7 +34,6 @@ RUNS: list[tuple[str, str, tuple[str, ...]]] = [  # stage, case, further flags
       for case in ("token choice", "accumulated", "expert choice")),
     *((stage, "token choice", CLIPPED) for stage in ("stage 0", "stage 2")),
     ("stage 2", "unconditional expert", ()),
-    ("stage 2", "twelve blocks", ()),
     ("stage 2 + offload", "token choice", CLIPPED),
 ]  # fmt: skip
 
