@@ -413,7 +413,9 @@ def test_a_billion_parameters_step_on_two_ranks_with_half_of_a_whole_copy_each(
 def flags_of(path: Path, **changes: Any) -> Any:
     given = {"global_batch_size": 8, "micro_batch_size": 4, "accum_steps": 1, "clip_grad": 1.0}
     others = {"precision": None, "compile": False, "lr": 1e-4}
-    return Namespace(**{"deepspeed_config": str(path), **given, **others, **changes})
+    return Namespace(
+        **{"deepspeed_config": str(path), "expert_parallel": None, **given, **others, **changes}
+    )
 
 
 @pytest.fixture
