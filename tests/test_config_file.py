@@ -124,7 +124,7 @@ def test_settings_of_the_first_version_are_such_a_file_too(tmp_path: Path) -> No
 
 def test_every_family_has_a_recipe() -> None:
     names = {path.stem for path in RECIPES}
-    assert names == {"dit_moe", "promoe", "promoe_ec", "ec_dit", "diffmoe", "dsmoe"}
+    assert names == {"dit_moe", "promoe", "promoe_ec", "ec_dit", "diffmoe", "dsmoe", "best"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

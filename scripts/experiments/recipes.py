@@ -61,6 +61,7 @@ FINE = "--num-experts 32 --num-experts-per-tok 2 --mlp-ratio 0.5 --num-shared-ex
 HALF = "--num-experts 16 --num-experts-per-tok 1 --mlp-ratio 1 --num-shared-experts 1"
 WHOLE = "--num-experts 8 --num-experts-per-tok 1 --mlp-ratio 2 --num-shared-experts 0"
 QUARTER = "--num-experts 32 --num-experts-per-tok 4 --mlp-ratio 0.5 --num-shared-experts 0"
+EIGHTH = "--num-experts 64 --num-experts-per-tok 8 --mlp-ratio 0.25 --num-shared-experts 0"
 PAPER = recipe("dit_moe", FINE)
 VARIANTS = {
     # the ends of the headroom
@@ -87,6 +88,9 @@ VARIANTS = {
     "ec_all": Variant("8 of 2D, all blocks", recipe("ec_dit", f"{WHOLE} --moe-blocks all")),
     "batch_fine": Variant(
         "32 of D/2, 4 a token, all blocks", recipe("diffmoe", f"{QUARTER} --moe-blocks all")
+    ),
+    "batch_finer": Variant(
+        "64 of D/4, 8 a token, all blocks", recipe("diffmoe", f"{EIGHTH} --moe-blocks all")
     ),
     "batch_sigmoid": Variant(
         "8 of 2D by sigmoid, all blocks",
