@@ -2,15 +2,21 @@
 
     python scripts/experiments/options.py --results results/options
 
-Prints Markdown; writes the values of every seed to docs/results/options.json.
+Puts the table into docs/RESULTS.md; the values of every seed go to docs/results/options.json.
 """
 
 import argparse
 import json
 import re
 import statistics
+import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from common.files import atomic_write
+
+PAGE = Path(__file__).parents[2] / "docs/RESULTS.md"
+BEGIN, END = "<!-- options: written by options.py -->", "<!-- end of options -->"
 MEASURES = {
     "loss on test images": ("loss on test images", 4),
     "FD (classifier features)": ("FD", 1),
@@ -67,9 +73,13 @@ def table(values: dict[str, dict[str, list[float]]]) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print the table, write the values."""
+    """Write the table into the page, and the values."""
     values = collect(args.results)
-    print(table(values))
+    lines = table(values)
+    print(lines)
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    with atomic_write(PAGE) as temp:
+        temp.write_text(f"{before}{BEGIN}\n\n{lines}\n\n{END}{rest.partition(END)[2]}")
     args.docs.mkdir(parents=True, exist_ok=True)
     text = json.dumps(values, indent=2, sort_keys=True) + "\n"
     (args.docs / "options.json").write_text(text)
