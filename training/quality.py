@@ -1,5 +1,6 @@
 """How near samples are to real images while a run goes on, by `--eval-every`, and the best step."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -88,8 +89,9 @@ class Quality:
     def is_best(self, step: int, values: dict[str, float]) -> bool:
         """Tell all ranks whether a step's distance is less than that of every step before."""
         best = read_best(self.job.run_dir) if self.job.rt.is_main else None
-        mine = best is None or best["features"] != self.look.extractor.identity
-        closer = mine or best is None or distance(values) < best["distance"] or best["step"] == step
+        is_first = best is None or best["features"] != self.look.extractor.identity
+        closer = bool(values) and math.isfinite(distance(values)) and (
+            is_first or best is None or distance(values) < best["distance"])  # fmt: skip
         return bool(process.from_main(closer))
 
     def mark_best(self, step: int, values: dict[str, float]) -> None:

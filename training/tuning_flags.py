@@ -93,7 +93,7 @@ def add_evaluation_flags(run: FlagGroup) -> None:
         default=0,
         metavar="STEPS",
         help="Optimizer steps between two points of the curves eval/..., for which samples of the "
-        "averaged weights are compared with the images that are learnt from; 0 judges none.",
+        "averaged weights are compared with the images of --data-path; 0 judges none.",
     )
     run.add(
         "--eval-samples",
