@@ -22,6 +22,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from collect import FD, LOSS, READ, read_events
 from matplotlib import pyplot as plt
+from matplotlib.ticker import ScalarFormatter
 from PIL import Image
 
 from common import process
@@ -374,7 +375,10 @@ def draw_curves(runs: Runs, path: Path) -> None:
             right.plot([*map(int, steps)], ratio, **look)
     left.set(xlabel="training step", ylabel="loss on test images", yscale="log")
     right.set(xlabel="training step", ylabel="loss on test images / dense's of the same seed")
-    right.legend(ncols=2, fontsize="small")
+    for axis in (left.yaxis, right.yaxis):  # without mathtext, which figures here don't parse
+        axis.set_major_formatter(ScalarFormatter())
+        axis.set_minor_formatter(ScalarFormatter())
+    left.legend(ncols=2, fontsize="small")
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
