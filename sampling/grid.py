@@ -3,8 +3,6 @@
 import argparse
 import math
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -12,7 +10,6 @@ from torch import Tensor
 from common import process
 from common.errors import UserError
 from common.flags import sampling_options
-from sampling.conditions import evaluation_times, known_conditions
 from sampling.opening import DrawingRun
 
 
@@ -27,46 +24,25 @@ def draw(run: DrawingRun, y: Tensor, args: argparse.Namespace, device: torch.dev
     shape = (len(y), config.in_channels, config.input_size, config.input_size)
     noise = torch.randn(shape, generator=generator)
     images = []
-    with _conditions(run, y, args):
-        for start in range(0, len(y), args.batch_size):
-            part = slice(start, start + args.batch_size)
-            latents = run.diffusion.sample(
-                run.model,
-                noise[part].to(device),
-                y[part].to(device),
-                **sampling_options(args),
-                null_label=config.null_label,
-                guide=run.guide,
-                generator=generator,
-                progress=os.environ.get("RANK", "0") == "0",
+    for start in range(0, len(y), args.batch_size):
+        part = slice(start, start + args.batch_size)
+        latents = run.diffusion.sample(
+            run.model,
+            noise[part].to(device),
+            y[part].to(device),
+            **sampling_options(args),
+            null_label=config.null_label,
+            guide=run.guide,
+            generator=generator,
+            progress=os.environ.get("RANK", "0") == "0",
+        )
+        images.append(run.vae.decode(latents).cpu())
+        if not images[-1].isfinite().all():
+            raise UserError(
+                f"the model drew NaN in {process.long_name(run.model.dtype)}: try --dtype "
+                f"fp32, or a --cfg-scale below {args.cfg_scale:g}"
             )
-            images.append(run.vae.decode(latents).cpu())
-            if not images[-1].isfinite().all():
-                raise UserError(
-                    f"the model drew NaN in {process.long_name(run.model.dtype)}: try --dtype "
-                    f"fp32, or a --cfg-scale below {args.cfg_scale:g}"
-                )
     return torch.cat(images)
-
-
-@contextmanager
-def _conditions(run: DrawingRun, y: Tensor, args: argparse.Namespace) -> Iterator[None]:
-    """Compute the conditioning of all steps and classes once, but where blocks come and go."""
-    if args.offload is not None:
-        yield
-        return
-    times = evaluation_times(
-        run.diffusion,
-        sampler=args.sampler,
-        num_steps=args.num_sampling_steps,
-        learn_sigma=run.config.learn_sigma,
-    )
-    labels = sorted({*y.tolist(), run.config.null_label})
-    with ExitStack() as known:
-        for model in (run.model, run.guide):
-            if model is not None:
-                known.enter_context(known_conditions(model, times, labels))
-        yield
 
 
 def arrange(images: Tensor, num_labels: int, width: int) -> Tensor:
