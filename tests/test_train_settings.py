@@ -192,6 +192,11 @@ SAME_RUN = {
     "expert_parallel": "2",
     "val_path": "test",
     "val_every": "3",
+    "eval_every": "3",
+    "eval_samples": "30",
+    "eval_features": "classifier",
+    "inception_weights": "file.pth",
+    "keep_best": "True",
 }
 BASE = {"data_path": "digits", "model": "DiT-Ti/2"}
 SEVERAL = ("adam_betas", "time_sampling")  # flags of several values
