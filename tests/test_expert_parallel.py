@@ -252,7 +252,7 @@ def kill_a_rank(launched: Process, run: Path, moment: str) -> int:
     """
     seed = int(os.environ.get("KILL_SEED", time.time_ns() % 10**6))
     draw = random.Random(seed)
-    step, rank = draw.randint(CKPT_EVERY, MAX_STEPS - 3), draw.choice([0, 1])
+    step, rank = draw.randint(CKPT_EVERY + 1, MAX_STEPS - 3), draw.choice([0, 1])
     print(f"KILL_SEED={seed}: SIGKILL of rank {rank} after step {step}")
     log, saving = run / "log.txt", f"checkpoints/{2 * CKPT_EVERY:07d}.*.partial"
     deadline = time.monotonic() + 180
