@@ -49,7 +49,7 @@ from evaluation.encoders import DEFAULT_BACKBONE
 from evaluation.features import find_inception_weights
 from evaluation.flags import REFERENCES, features_flag
 from evaluation.image_sets import DatasetSet, FolderSet, ImageSet, NpzSet
-from evaluation.judging import features_for, load_extractor, load_witness
+from evaluation.judging import features_for, open_eyes
 from evaluation.metrics import Statistics, compare
 from evaluation.sample_files import SampleFiles, read_object, write_object
 from sampling.flags import drawing_flags, drawing_options
@@ -309,22 +309,6 @@ def default_out(args: argparse.Namespace, samples: SampleRun | None) -> str:
     return f"results/evaluation/{samples.name}-{name}-{args.num_samples}"
 
 
-def open_eyes(
-    args: argparse.Namespace, reference: ImageSet, rt: process.Runtime
-) -> tuple[Witness | None, Look]:
-    """Return what reads samples, if anything does, and how images are looked at."""
-    args.features = args.features or features_for(args.reference)
-    witness = load_witness(
-        args.features, args.reference, reference, backbone=args.backbone, cache=args.cache,
-        fashion_mnist_root=args.fashion_mnist_root, rt=rt,
-    )  # fmt: skip
-    weights = args.inception_weights
-    extractor = load_extractor(
-        args.features, args.reference, witness, rt, inception_weights=weights
-    )
-    return witness, Look(extractor, args.batch_size, rt)
-
-
 def labels_to_read(samples: SampleRun, reference: ImageSet) -> Tensor:
     """Return the number that the reference has for the class of each sample, (n,).
 
@@ -448,7 +432,12 @@ def main(args: argparse.Namespace) -> None:
     samples = SampleRun(args, rt) if args.ckpt else None
     reference, others = open_real(args, samples.opened.settings if samples else {})
     out = open_out(args, samples)
-    witness, look = open_eyes(args, reference, rt)
+    args.features = args.features or features_for(args.reference)
+    witness, look = open_eyes(
+        args.features, args.reference, reference, batch_size=args.batch_size,
+        backbone=args.backbone, inception_weights=args.inception_weights, cache=args.cache,
+        fashion_mnist_root=args.fashion_mnist_root, rt=rt,
+    )  # fmt: skip
 
     judged = draw_seeds(samples, out) if samples else judged
     labels = labels_to_read(samples, reference) if samples and witness else None

@@ -1,14 +1,14 @@
 """What images are judged by: the network whose features are compared, and what reads their classes.
 
-In this order: `features_for`, which network; `load_witness`, which reads classes, trained if
-it must be; `load_extractor`.
+`features_for` says which network, `open_eyes` loads it, with what reads classes, trained if it
+must be.
 """
 
 from common import process
 from common.errors import UserError
 from common.files import make_writable
 from evaluation.classifiers import EPOCHS, load_classifier
-from evaluation.comparison import Witness, describe_source
+from evaluation.comparison import Look, Witness, describe_source
 from evaluation.encoders import ReaderResult, TimmExtractor, open_encoder, train_reader
 from evaluation.features import ClassifierExtractor, Extractor, InceptionExtractor
 from evaluation.flags import PREFIX
@@ -20,32 +20,49 @@ def features_for(reference: str) -> str:
     return "classifier" if reference in EPOCHS else "inception"
 
 
-def load_witness(
+def open_eyes(
     features: str,
     path: str,
     reference: ImageSet,
     *,
+    batch_size: int,
     backbone: str,
+    inception_weights: str | None,
     cache: str,
     fashion_mnist_root: str | None,
     rt: process.Runtime,
-) -> Witness | None:
-    """Return what reads samples, trained if it must be: a data set's own classifier, or a reader.
-
-    None where other features are compared.
+) -> tuple[Witness | None, Look]:
+    """Return what reads samples, None where nothing does, and how images are looked at.
 
     Args:
         features: of `features_flag`.
         path: of the reference, as `open_images` takes it.
         reference: the real images there.
+        batch_size: images at once.
         backbone: encoder of timm that a reader sees with.
+        inception_weights: file of torch-fidelity; None downloads it.
         cache: folder of what was trained.
         fashion_mnist_root: see `load_dataset`.
         rt: this process; all ranks call this.
 
     Raises:
-        UserError: "classifier", and the reference tells no classes.
+        UserError: weights cannot be had; or "classifier", and the reference tells no classes.
     """
+    witness = _load_witness(features, path, reference, backbone, cache, fashion_mnist_root, rt)
+    extractor = _load_extractor(features, path, witness, inception_weights, rt)
+    return witness, Look(extractor, batch_size, rt)
+
+
+def _load_witness(
+    features: str,
+    path: str,
+    reference: ImageSet,
+    backbone: str,
+    cache: str,
+    fashion_mnist_root: str | None,
+    rt: process.Runtime,
+) -> Witness | None:
+    """Return a data set's own classifier, or a reader of it, trained if it must be."""
     named = path in EPOCHS
     if features != "classifier" and not named:
         return None
@@ -66,19 +83,14 @@ def load_witness(
     return witness
 
 
-def load_extractor(
+def _load_extractor(
     features: str,
     path: str,
     witness: Witness | None,
-    rt: process.Runtime,
-    *,
     inception_weights: str | None,
+    rt: process.Runtime,
 ) -> Extractor:
-    """Return the network whose features are compared; arguments as in `load_witness`.
-
-    Raises:
-        UserError: its weights cannot be had.
-    """
+    """Return the network whose features are compared."""
     if features == "inception":
         return InceptionExtractor(inception_weights, rt.device)
     if features.startswith(PREFIX):

@@ -274,7 +274,7 @@ def test_wrong_flags_are_named(more: list[str], message: str, folder: Path, tmp_
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail a test that loads any network."""
-    for name in ("load_witness", "load_extractor", "open_run"):
+    for name in ("open_eyes", "open_run"):
         monkeypatch.setattr(evaluate, name, lambda *_, name=name, **__: pytest.fail(name))
 
 

@@ -10,10 +10,10 @@ from tqdm import tqdm
 from checkpoint.run_folder import mark_best, read_best
 from common import process
 from evaluation.classifiers import predict
-from evaluation.comparison import Look, describe_source, open_images, reference_statistics
+from evaluation.comparison import describe_source, open_images, reference_statistics
 from evaluation.encoders import DEFAULT_BACKBONE
 from evaluation.flags import REFERENCES
-from evaluation.judging import features_for, load_extractor, load_witness
+from evaluation.judging import features_for, open_eyes
 from evaluation.metrics import StatisticsBuilder, compare
 from sampling.numbered import draw_numbered
 from training.job import Job, autocast
@@ -35,13 +35,11 @@ class Quality:
         path, root = settings.data_path, settings.fashion_mnist_root
         reference = open_images(path, image_size=settings.image_size, fashion_mnist_root=root)
         features = settings.eval_features or features_for(path)
-        self.witness = load_witness(
-            features, path, reference, backbone=DEFAULT_BACKBONE, cache=REFERENCES,
+        self.witness, self.look = open_eyes(
+            features, path, reference, batch_size=BATCH_SIZE, backbone=DEFAULT_BACKBONE,
+            inception_weights=settings.inception_weights, cache=REFERENCES,
             fashion_mnist_root=root, rt=job.rt,
         )  # fmt: skip
-        weights = settings.inception_weights
-        extractor = load_extractor(features, path, self.witness, job.rt, inception_weights=weights)
-        self.look = Look(extractor, BATCH_SIZE, job.rt)
         source = describe_source(path, root)
         self.real = reference_statistics(
             reference, self.look, source=source, cache=Path(REFERENCES)
