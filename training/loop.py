@@ -244,7 +244,7 @@ def fit(trainer: Trainer, deadline: float | None = None) -> int:
             if not stopped_by:
                 judge(trainer, reporter)
                 if quality is not None:
-                    saved = compare(trainer, reporter, quality, saved)
+                    saved = judge_samples(trainer, reporter, quality, saved)
         if stopped_by and trainer.step > saved:
             save(trainer, reporter)
     if stopped_by:
@@ -312,7 +312,7 @@ def generators_kept(job: Job) -> AbstractContextManager[None]:
     return torch.random.fork_rng(devices=devices)
 
 
-def compare(trainer: Trainer, reporter: Reporter, quality: Quality, saved: int) -> int:
+def judge_samples(trainer: Trainer, reporter: Reporter, quality: Quality, saved: int) -> int:
     """Compare samples with real images where that is due after the step just done.
 
     Args:
