@@ -225,24 +225,13 @@ class Diffusion(ABC):
             ValueError: for an argument outside its range.
         """
         sampler, num_steps = self.chosen(sampler, num_steps)
-        steps = self.trajectory(
-            model,
-            noise,
-            y,
-            sampler=sampler,
-            num_steps=num_steps,
-            cfg_scale=cfg_scale,
-            null_label=null_label,
-            cfg_channels=cfg_channels,
-            cfg_interval=cfg_interval,
-            cfg_rescale=cfg_rescale,
-            guide=guide,
-            generator=generator,
-            callback=callback,
-        )
-        return deque(
-            tqdm(steps, desc=sampler, total=num_steps, disable=not progress), maxlen=1
-        ).pop()
+        trajectory = self.trajectory(
+            model, noise, y, sampler=sampler, num_steps=num_steps, cfg_scale=cfg_scale,
+            null_label=null_label, cfg_channels=cfg_channels, cfg_interval=cfg_interval,
+            cfg_rescale=cfg_rescale, guide=guide, generator=generator, callback=callback,
+        )  # fmt: skip
+        bar = tqdm(trajectory, desc=sampler, total=num_steps, disable=not progress)
+        return deque(bar, maxlen=1).pop()
 
     def trajectory(
         self,

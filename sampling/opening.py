@@ -121,12 +121,17 @@ def open_run(
     guiding = None if guide_ckpt is None else open_guide(guide_ckpt, weights, ema=ema)
     diffusion = objective_of(objective, config, settings, vae, path, time_shift)
     options |= {"dtype": process.pick_dtype(dtype, device), "device": device}
-    model = build_for_sampling(weights, **options)
-    guide = None if guiding is None else build_for_sampling(guiding, **options)
-    for built in (model, guide) if compile else ():
-        if built is not None:
-            built.compile_blocks(dynamic=False)
+    model = _build(weights, compile, options)
+    guide = None if guiding is None else _build(guiding, compile, options)
     return DrawingRun(weights.path, model, diffusion, vae, vae_path, settings, guide)
+
+
+def _build(weights: Weights, compile: bool, options: Mapping[str, Any]) -> DiT:
+    """Build a model by `build_for_sampling`, its blocks compiled for shapes that do not change."""
+    model = build_for_sampling(weights, **options)
+    if compile:
+        model.compile_blocks(dynamic=False)
+    return model
 
 
 def expert_group(size: int, config: DiTConfig, *, alone: bool) -> ExpertGroup | None:
