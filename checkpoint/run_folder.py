@@ -135,6 +135,8 @@ def mark_best(run_dir: Path, step: int, distance: float, features: str) -> None:
             temp = link.with_name(f"{link.name}.{uuid.uuid4().hex[:8]}.tmp")
             temp.symlink_to(target)
             temp.replace(link)
+        else:  # of before the run went on with another kind of checkpoint
+            link.unlink(missing_ok=True)
     content = {"step": step, "distance": distance, "features": features}
     with atomic_write(run_dir / "best.json") as temp:
         temp.write_text(json.dumps(content) + "\n")

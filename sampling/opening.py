@@ -90,8 +90,7 @@ def open_run(
         vae_path: as in `load_vae`; None: that of the checkpoint.
         quantize: as in `build_for_sampling`.
         offload: likewise.
-        told: what flags say of it, of `flags.TOLD`; a file without a config needs some of
-            it, any other is compared with it. None says nothing.
+        told: what flags say (`flags.TOLD`): compared with a config, needed where there is none.
         time_shift: of rectified flow's steps; None: that of the checkpoint.
         guide_ckpt: checkpoint of ours whose model guides, of the same data and objective.
         compile: whether to compile the blocks, for shapes that do not change.

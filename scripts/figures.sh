@@ -4,7 +4,8 @@
 #   bash scripts/figures.sh            # all of them
 #   bash scripts/figures.sh --list     # which picture is made by what
 # An experiment alone: its own script.
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 makers=( # pictures, and what makes them
   "docs/fashion_mnist.png          scripts/experiments/fashion.sh"
