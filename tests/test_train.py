@@ -1,10 +1,8 @@
 """Training is the same on any number of ranks, micro-batches and restarts."""
 
 import errno
-import logging
 import os
 import random
-import re
 import shutil
 import sys
 import time
@@ -14,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import spoil_gradients
 from launch import REPO, TINY_RUN, Process, free_port, torchrun
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.testing import assert_close
 from train_worker import (
@@ -359,13 +357,6 @@ def test_weights_that_become_nan_are_never_saved(
     assert latest_checkpoint(run) == checkpoint_path(run, 1)
 
 
-def spoil_gradients(parameters: list[Tensor], max_norm: float) -> Tensor:
-    for parameter in parameters:
-        assert parameter.grad is not None
-        parameter.grad.fill_(torch.nan)
-    return torch.tensor(torch.nan)
-
-
 @pytest.mark.parametrize("part", ["model", "ema"])
 def test_weights_or_averages_of_nan_behind_a_finite_loss_are_never_saved(
     part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -445,66 +436,6 @@ def test_gradients_that_overflow_at_every_scale_end_the_run(tmp_path: Path) -> N
     with pytest.raises(FloatingPointError, match="after step 0 the gradient overflows float16"):
         launch(build_parser(None).parse_args(arguments), broken)
     assert latest_checkpoint(tmp_path / "run") is None
-
-
-# ------------------------------------------------------------------------------ log, grids, disk
-
-
-def test_the_log_has_dates_attempts_and_what_resuming_said(tmp_path: Path) -> None:
-    run = train(tmp_path, "--max-steps", "1")
-    train(tmp_path, "--max-steps", "2", "--lr", "0.5")
-    lines = (run / "log.txt").read_text().splitlines()
-    attempts = [line for line in lines if re.match(r"\[\d{4}-\d\d-\d\d [\d:]{8}\] attempt", line)]
-    assert [line.split()[3] for line in attempts] == ["1:", "2:"]
-    later = lines[lines.index(attempts[1]) :]
-    assert any("resumed" in line and "at step 1" in line for line in later)
-    assert any("--lr was 0.001, is 0.5" in line for line in later)
-
-
-GRID_RUN = ("--model", "DiT-Ti/8", "--sample-every", "2", "--max-steps", "2")
-
-
-def test_a_grid_that_a_kill_prevented_is_drawn_by_the_next_attempt(tmp_path: Path) -> None:
-    run = train(tmp_path, *GRID_RUN)
-    grid = run / "samples" / "0000002.png"
-    drawn = grid.read_bytes()
-    grid.unlink()
-    train(tmp_path, *GRID_RUN)
-    assert grid.read_bytes() == drawn
-    events = EventAccumulator(str(run)).Reload()
-    assert [image.step for image in events.Images("samples")] == [2, 2]
-
-
-def test_a_full_disk_at_a_grid_or_a_curve_does_not_end_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("training.reporter.save_grid", full)
-    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
-    run = train(tmp_path, *GRID_RUN, "--log-every", "1")
-    assert "no grid of step 2: [Errno 28] No space left" in caplog.text
-    assert caplog.text.count("no curves from here on") == 1
-    assert load_checkpoint(checkpoint_path(run, 2))["step"] == 2
-
-
-def test_a_run_ended_by_nan_has_its_curves_until_then_and_no_hooks_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = []
-    monkeypatch.setattr("training.ddp.clip_grad_norm_", spoil_gradients)
-    arguments = [*TINY_RUN, "--results-dir", str(tmp_path), "--max-steps", "9", "--log-every", "9"]
-
-    def make(job: Any) -> DdpTrainer:
-        made.append(DdpTrainer(job))
-        return made[0]
-
-    with pytest.raises(FloatingPointError):
-        launch(build_parser(None).parse_args(arguments), make)
-    assert not any(module._forward_hooks for module in made[0].model.modules())
-    assert not any("log.txt" in str(handler) for handler in logging.getLogger().handlers)
-    assert len(EventAccumulator(str(tmp_path / "run")).Reload().Tags()["scalars"]) == 0
 
 
 def test_the_grid_of_two_ranks_is_that_of_one_bit_for_bit(
