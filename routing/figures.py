@@ -33,13 +33,11 @@ EXPERT_COLORS = (
 )
 # The same for lines on white, without the yellow that is too light for them.
 LINE_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLE: Any = {  # of every figure here and in scripts/
-    "text.parse_math": False,  # a class may be called "$5"
-    "text.usetex": False,
-    "axes.prop_cycle": cycler(color=LINE_COLORS),
-}
 mpl.use("Agg")
-mpl.rcParams.update(STYLE)
+# The style of every figure, here and in scripts/.
+mpl.rcParams["text.parse_math"] = False  # a class may be called "$5"
+mpl.rcParams["text.usetex"] = False
+mpl.rcParams["axes.prop_cycle"] = cycler(color=LINE_COLORS)
 
 OVERLAY = 0.85  # opacity of expert colours over a picture
 # Grays of that picture, 0 = black: a narrow range, so that a dark patch makes no other expert.

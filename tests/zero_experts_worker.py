@@ -14,7 +14,7 @@ from typing import Any
 import expert_parallel_worker
 import torch
 from deepspeed_worker import engine_file, whole
-from expert_parallel_worker import BATCH, CASES, NUM_UPDATES, SHALLOW
+from expert_parallel_worker import BATCH, CASES, NUM_UPDATES
 from torch import nn
 from train_worker import FLAGS, State, global_batch, micro_batches
 
@@ -67,10 +67,7 @@ def make_updates(stage: str, *flags: str) -> list[State]:
             if name != "grad_norm":
                 values[name] = process.sum_over_ranks(value) / trainer.rt.world_size
         values |= {f"buffer/{name}": b.clone() for name, b in model.named_buffers()}
-        kinds = {"model": trainer.engine.flat, "ema": trainer.ema}
-        if model.config.depth > SHALLOW:
-            kinds = {"model": trainer.engine.flat} if step == NUM_UPDATES - 1 else {}
-        for kind, flat in kinds.items():
+        for kind, flat in (("model", trainer.engine.flat), ("ema", trainer.ema)):
             values |= {f"{kind}/{name}": value for name, value in whole(trainer, flat).items()}
         states.append(values)
     return states
