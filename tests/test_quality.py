@@ -15,6 +15,7 @@ import evaluate
 import sample
 from checkpoint import run_folder
 from checkpoint.state import checkpoint_path, load_checkpoint
+from common.errors import FileError, UserError
 from training import quality
 from training.ddp import DdpTrainer
 from training.flags import build_parser
@@ -119,3 +120,22 @@ def save_test_network(path: Path) -> str:
 def test_keep_best_without_a_measure_is_refused() -> None:
     line = refusal("train.py", *TINY_RUN, "--keep-best")
     assert "--keep-best: give --eval-every STEPS" in line
+
+
+def test_what_judging_lacks_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--inception-weights: .*no such file"):
+        train(
+            tmp_path, *JUDGED, "--eval-features", "inception", "--inception-weights", "/no/file.pth"
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_note_of_the_best_is_said_at_the_start_not_at_the_first_measure(
+    tmp_path: Path,
+) -> None:
+    run = train(tmp_path, *JUDGED, "--keep-best")
+    (run / "best.json").write_text('{"step": "2"}')
+    before = (run / "checkpoints/latest").read_text()
+    with pytest.raises(FileError, match=r"best\.json does not say which checkpoint is the best"):
+        train(tmp_path, *JUDGED, "--keep-best", "--max-steps", "9")
+    assert (run / "checkpoints/latest").read_text() == before

@@ -189,6 +189,8 @@ def launch(
             print(plan(job))
         process.finish()
         return
+    with generators_kept(job):  # a classifier may have to be trained
+        quality = Quality(job) if job.settings.eval_every else None
     with lock_run(job.run_dir), run_log(job):
         if job.model.config.num_experts:
             dtype = process.DTYPES[job.settings.precision]
@@ -198,16 +200,18 @@ def launch(
         if checkpoint:
             trainer.resume(checkpoint)
         hours = job.settings.stop_after
-        stopped_by = fit(trainer, None if hours is None else began + 3600 * hours)
+        deadline = None if hours is None else began + 3600 * hours
+        stopped_by = fit(trainer, deadline, quality)
     process.finish(128 + stopped_by if stopped_by and stopped_by not in ON_PURPOSE else 0)
 
 
-def fit(trainer: Trainer, deadline: float | None = None) -> int:
+def fit(trainer: Trainer, deadline: float | None = None, quality: Quality | None = None) -> int:
     """Train from the trainer's step to `--max-steps`, logging, saving and drawing on the way.
 
     Args:
         trainer: of the run.
         deadline: value of `time.monotonic` after which to stop.
+        quality: what samples are judged by, of `--eval-every`.
 
     Returns:
         What stopped it earlier, with its last step saved, see `StopRequest.agreed`; else 0.
@@ -220,8 +224,6 @@ def fit(trainer: Trainer, deadline: float | None = None) -> int:
         if grid_is_due(trainer) and process.from_main(not grid_path(job, trainer.step).exists()):
             draw(trainer, reporter)  # a signal came between the save and the grid
         batches = timed(latent_batches(job, trainer.step + trainer.skipped), reporter)
-        with generators_kept(job):  # a classifier may have to be trained
-            quality = Quality(job) if settings.eval_every else None
         saved, stopped_by = trainer.step, 0
         while trainer.step < settings.max_steps and not stopped_by:
             before = trainer.step

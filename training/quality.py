@@ -30,8 +30,11 @@ class Quality:
 
         Raises:
             UserError: a network cannot be had, or the data has no pixels any more.
+            FileError: what says the best checkpoint is damaged.
         """
         self.job, settings = job, job.settings
+        if settings.keep_best:
+            process.call_on_main(read_best, job.run_dir)
         path, root = settings.data_path, settings.fashion_mnist_root
         reference = open_images(path, image_size=settings.image_size, fashion_mnist_root=root)
         features = settings.eval_features or features_for(path)
@@ -86,18 +89,24 @@ class Quality:
 
     def is_best(self, step: int, values: dict[str, float]) -> bool:
         """Tell all ranks whether a step's distance is less than that of every step before."""
-        best = read_best(self.job.run_dir) if self.job.rt.is_main else None
+        best = process.call_on_main(read_best, self.job.run_dir)
         is_first = best is None or best["features"] != self.look.extractor.identity
         closer = bool(values) and math.isfinite(distance(values)) and (
             is_first or best is None or distance(values) < best["distance"])  # fmt: skip
         return bool(process.from_main(closer))
 
     def mark_best(self, step: int, values: dict[str, float]) -> None:
-        """Note that a step, whose checkpoint is there, is the best."""
-        if self.job.rt.is_main:
+        """Note that a step, whose checkpoint is there, is the best.
+
+        Raises:
+            OSError: on all ranks, if the folder cannot be written.
+        """
+
+        def mark() -> None:
             identity = self.look.extractor.identity
             mark_best(self.job.run_dir, step, distance(values), identity)
-        process.barrier()
+
+        process.call_on_main(mark)
 
 
 def distance(values: dict[str, float]) -> float:
